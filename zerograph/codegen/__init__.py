@@ -1,0 +1,1 @@
+"""Kernels of the rewritten graph: optimizer updates, norms, packing and casts."""

@@ -1,0 +1,61 @@
+"""Hold a config against the table in `support`: what is refused, and what only advises."""
+
+import json
+from collections.abc import Iterator
+
+from zerograph.config.base import Section
+from zerograph.config.row import PRECISION, Row
+from zerograph.config.support import SUPPORT
+
+Leaf = tuple[str, object]
+
+
+def show(value: object) -> str:
+    """Write a value as JSON on one short line."""
+    text = json.dumps(value, default=lambda other: f"<{type(other).__name__}>")
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def given(section: Section, prefix: str = "") -> Iterator[Leaf]:
+    """Yield path and value of each key that the user gave, in the order of the fields."""
+    names = [*type(section).model_fields, *(section.model_extra or {})]
+    for name in names:
+        if name not in section.model_fields_set:
+            continue
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            yield from given(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def row_for(path: str) -> Row:
+    """Find the row of a key: its own, or that of the nearest section around it."""
+    while path not in SUPPORT:
+        path, dot, _ = path.rpartition(".")
+        assert dot, "every key has a row or lies in a section that has one"
+    return SUPPORT[path]
+
+
+def _accepted(row: Row, value: object, precision: str) -> bool:
+    return any(value == (precision if one is PRECISION else one) for one in row.accepts)
+
+
+def refusals(config: Section, precision: str) -> list[str]:
+    """Say which given values ask for what is not built."""
+    problems = []
+    for path, value in given(config):
+        row = row_for(path)
+        if row.kind == "refused" and not _accepted(row, value, precision):
+            problems.append(f"{path}={show(value)}: not built: {row.here}; {row.mend}")
+    return problems
+
+
+def advisory(config: Section) -> tuple[str, ...]:
+    """Say what happens instead of each given value that only advises."""
+    lines = []
+    for path, value in given(config):
+        row = row_for(path)
+        if row.kind == "advises" and value not in row.accepts:
+            lines.append(f"{path}={show(value)}: {row.here}")
+    return tuple(sorted(lines))

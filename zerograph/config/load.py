@@ -1,0 +1,138 @@
+"""Read a config: a path to JSON, or a mapping, becomes a `ZeroConfig` or one `ConfigError`.
+
+The error lists every problem of the first step that finds any: reading the file, repeated keys,
+names and types, and last what is not built.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from pydantic import ValidationError
+
+from zerograph.config.check import refusals
+from zerograph.config.model import ZeroConfig
+from zerograph.config.problems import problems
+from zerograph.errors import ConfigError
+
+Source = Mapping[str, Any] | str | os.PathLike[str] | ZeroConfig
+
+
+class _Object(dict[str, Any]):
+    """A JSON object that remembers which of its keys were repeated."""
+
+    repeated: tuple[str, ...] = ()
+
+
+def load_config(source: Source) -> ZeroConfig:
+    """Read and check a config.
+
+    Args:
+        source: DeepSpeed's JSON as a mapping, the path of a file with it, or a `ZeroConfig`,
+            which is checked and returned as it is.
+
+    Raises:
+        ConfigError: With one line per problem; each names the key and how to mend it.
+    """
+    name = _name(source)
+    if isinstance(source, ZeroConfig):
+        config = source
+    else:
+        config = _validated(source if isinstance(source, Mapping) else _read(source, name), name)
+    _raise_any(_conflicts(config) or refusals(config, config.precision), name)
+    return config
+
+
+def _name(source: object) -> str:
+    """Name the file in front of each problem; a mapping has no name."""
+    if isinstance(source, Mapping | ZeroConfig):
+        return ""
+    if isinstance(source, str) and source.lstrip().startswith("{"):
+        raise ConfigError("a str is the path of a config; to pass JSON text, give json.loads(text)")
+    if isinstance(source, str | os.PathLike):
+        return f"{os.fspath(source)}: "
+    raise ConfigError(f"a config is a dict, a path or a ZeroConfig, got {type(source).__name__}")
+
+
+def _validated(data: Mapping[str, Any], name: str) -> ZeroConfig:
+    try:
+        return ZeroConfig.model_validate(_plain(data))
+    except ValidationError as error:
+        found = problems(ZeroConfig, error)
+    _raise_any(found, name)
+    raise AssertionError("a validation error has at least one problem")
+
+
+def _conflicts(config: ZeroConfig) -> list[str]:
+    if config.fp16.enabled and config.bf16.enabled:
+        return ["fp16.enabled and bf16.enabled are both true; keep one (bf16 is the one built)"]
+    return []
+
+
+def _raise_any(found: list[str], name: str) -> None:
+    if len(found) == 1:
+        raise ConfigError(name + found[0])
+    if found:
+        title = f"{name}{len(found)} problems in the config"
+        raise ConfigError("\n  ".join([title, *found]))
+
+
+def _plain(value: Any) -> Any:
+    """Copy nested mappings into dicts, so that any Mapping is an object and none is shared."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _read(path: str | os.PathLike[str], name: str) -> Mapping[str, Any]:
+    data = _parse(_text(path, name), name)
+    if not isinstance(data, _Object):
+        raise ConfigError(f"{name}a config is a JSON object {{...}}, got {type(data).__name__}")
+    _raise_any(_repeated(data), name)
+    return data
+
+
+def _text(path: str | os.PathLike[str], name: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except FileNotFoundError:
+        raise ConfigError(f"{name}no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{name}the config file cannot be read: {error}") from error
+
+
+def _parse(text: str, name: str) -> object:
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_not_json)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{name}line {error.lineno}, column {error.colno}: broken JSON: {error.msg} "
+            "(comments and trailing commas are not JSON)"
+        ) from error
+    except ConfigError as error:
+        raise ConfigError(f"{name}{error}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> _Object:
+    made = _Object(pairs)
+    keys = [key for key, _ in pairs]
+    made.repeated = tuple(key for key in made if keys.count(key) > 1)
+    return made
+
+
+def _not_json(word: str) -> NoReturn:
+    raise ConfigError(f"{word} is not a JSON number; give a finite one")
+
+
+def _repeated(value: object, prefix: str = "") -> list[str]:
+    """List the repeated keys at every level, also within lists."""
+    if isinstance(value, list):
+        return [line for inner in value for line in _repeated(inner, prefix)]
+    if not isinstance(value, _Object):
+        return []
+    found = [f"{prefix}{key}: given more than once; keep one" for key in value.repeated]
+    for key, inner in value.items():
+        found += _repeated(inner, f"{prefix}{key}.")
+    return found

@@ -1,0 +1,217 @@
+"""What is built, as data: one row per key of the config, and nothing but rows.
+
+To build a key, move it into a `built` row. A row with the path of a section speaks for every key
+below it that has no row of its own. What each kind of row means is told in `row`; the rows of
+`zero_optimization` are in `support_zero`, those of batch, optimizer and scheduler in
+`support_training`.
+"""
+
+from zerograph.config.row import OFF, PRECISION, Row, advises, dormant, refused, under
+from zerograph.config.support_training import TRAINING_ROWS
+from zerograph.config.support_zero import ZERO_ROWS
+
+_PRECISION = (
+    *refused(
+        "fp16.enabled",
+        "training runs in fp32, or in bf16 with bf16.enabled",
+        "set bf16.enabled to true instead, or fp16.enabled to false",
+        False,
+    ),
+    *refused(
+        "bf16.check_grad_overflow",
+        "gradients are not checked before the update, and no step is skipped",
+        OFF,
+        False,
+    ),
+    *refused(
+        under("bf16", "bf16_master_weights_and_grads bf16_optimizer_states"),
+        "master weights and optimizer states are fp32",
+        OFF,
+        False,
+    ),
+    *advises("bf16.immediate_grad_update", "when gradients are reduced is planned in the graph"),
+    *refused(
+        "amp.enabled torch_autocast.enabled",
+        "the whole step runs in one type",
+        "set bf16.enabled to true instead, or enabled to false",
+        False,
+    ),
+    *dormant("fp16 amp torch_autocast"),
+    *refused(
+        "data_types.grad_accum_dtype",
+        "gradients are accumulated in fp32",
+        "set it to 'fp32' or leave it out",
+        None,
+        "fp32",
+    ),
+    *refused(
+        under("data_types", "param_dtype buffer_dtype"),
+        "types follow from bf16.enabled alone",
+        "leave it out",
+        None,
+    ),
+    *refused(
+        "communication_data_type",
+        "gradients are reduced in bf16 when bf16.enabled is true and in fp32 otherwise",
+        "leave it out",
+        None,
+        PRECISION,
+    ),
+    *advises(
+        "seq_parallel_communication_data_type",
+        "there is no sequence parallelism, so nothing is sent in this type",
+    ),
+    *refused(
+        "gradient_allreduce_op",
+        "gradients are averaged over ranks",
+        "set it to 'mean', and multiply the loss by the world size for a sum",
+        "mean",
+    ),
+    *refused("prescale_gradients", "gradients are averaged by the reduction itself", OFF, False),
+    *refused(
+        "gradient_predivide_factor",
+        "gradients are averaged by the reduction itself",
+        "set it to 1.0 or leave it out",
+        1.0,
+    ),
+    *refused("sparse_gradients", "embedding gradients are dense", OFF, False),
+)
+
+_REST = (
+    *refused(
+        under(
+            "activation_checkpointing",
+            "partition_activations contiguous_memory_optimization cpu_checkpointing "
+            "synchronize_checkpoint_boundary profile",
+        ),
+        "activations are kept whole on the device, and nothing is recomputed",
+        OFF,
+        False,
+    ),
+    *refused(
+        "activation_checkpointing.number_checkpoints",
+        "activations are kept whole on the device, and nothing is recomputed",
+        "leave it out",
+        None,
+    ),
+    *advises("aio", "nothing is read from or written to NVMe"),
+    *refused(
+        "checkpoint.tag_validation",
+        "ranks do not compare tags",
+        "set it to 'Warn' or 'Ignore', or leave it out",
+        "WARN",
+        "IGNORE",
+    ),
+    *refused(
+        under("checkpoint", "load_universal use_node_local_storage"),
+        "a checkpoint is one shared directory in zerograph's own format",
+        OFF,
+        False,
+    ),
+    *advises(
+        under("checkpoint", "checkpoint_serialization parallel_write writer"),
+        "each rank writes its own shards",
+    ),
+    *refused("nebula.enabled", "checkpoints are plain files", OFF, False),
+    *refused("datastates_ckpt", "checkpoints are plain files", "leave it out", None),
+    *refused(
+        "dataloader_drop_last",
+        "no data loader is made here",
+        "give drop_last=True to your own DataLoader and leave this key out",
+        False,
+    ),
+    *refused(
+        "disable_allgather", "new parameters are gathered wherever they are sharded", OFF, False
+    ),
+    *advises("graph_harvesting", "the whole step is one graph already"),
+    *advises("zero_allow_untested_optimizer", "every optimizer type that is accepted is tested"),
+    *advises("zero_force_ds_cpu_optimizer", "nothing is offloaded, so no CPU optimizer is used"),
+    *advises(
+        "steps_per_print wall_clock_breakdown memory_breakdown dump_state log_level timers",
+        "nothing is printed during training; plan.timeline and plan.memory foretell time and memory",
+    ),
+    *advises("vocabulary_size", "shapes are read from the model"),
+    *advises(
+        "flops_profiler.enabled comms_logger.enabled",
+        "nothing is profiled; each node of the plan shows its cost and its bytes",
+        False,
+    ),
+    *advises(
+        "tensorboard.enabled wandb.enabled csv_monitor.enabled comet.enabled",
+        "no monitor is written to; log the loss from your own loop",
+        False,
+    ),
+    *dormant("flops_profiler comms_logger tensorboard wandb csv_monitor comet nebula"),
+    *refused(
+        "autotuning.enabled",
+        "one config is one run",
+        "set it to false, and compare plans of several configs instead",
+        False,
+    ),
+    *refused(
+        "elasticity.enabled",
+        "the batch keys alone decide the batch",
+        "set it to false and give train_batch_size",
+        False,
+    ),
+    *refused(
+        "data_efficiency.enabled curriculum_learning.enabled",
+        "data is taken as it comes",
+        "set it to false and order the data in your own loader",
+        False,
+    ),
+    *refused(
+        "compression_training.layer_reduction.enabled progressive_layer_drop.enabled "
+        + under(
+            "compression_training",
+            "weight_quantization.shared_parameters.enabled "
+            "activation_quantization.shared_parameters.enabled "
+            "sparse_pruning.shared_parameters.enabled row_pruning.shared_parameters.enabled "
+            "head_pruning.shared_parameters.enabled channel_pruning.shared_parameters.enabled",
+        ),
+        "the model is trained as it is written",
+        "set it to false and change the model itself",
+        False,
+    ),
+    *refused(
+        "quantize_training weight_quantization sparse_attention",
+        "the model is trained as it is written",
+        "leave the section out and change the model itself",
+        None,
+        {},
+    ),
+    *refused("hybrid_engine.enabled", "the engine trains and does not generate", OFF, False),
+    *refused(
+        "compile.deepcompile",
+        "the whole step is compiled, by zerograph",
+        "set it to false or leave the section out",
+        False,
+    ),
+    *refused(
+        "tensor_parallel.autotp_size",
+        "the only mesh axis is data parallel",
+        "set it to 0 or leave the section out",
+        0,
+        1,
+    ),
+    *refused(
+        "tensor_parallel.tensor_parallel.tp_size sequence_parallel_size",
+        "the only mesh axis is data parallel",
+        "set it to 1 or leave it out",
+        1,
+    ),
+    *refused(
+        "expert_parallel.enabled use_data_before_expert_parallelism",
+        "the only mesh axis is data parallel",
+        OFF,
+        False,
+    ),
+    *refused("pipeline", "the only mesh axis is data parallel", "leave the section out", None, {}),
+    *dormant(
+        "autotuning elasticity data_efficiency curriculum_learning compression_training "
+        "progressive_layer_drop hybrid_engine compile tensor_parallel expert_parallel"
+    ),
+)
+
+ROWS: tuple[Row, ...] = (*TRAINING_ROWS, *_PRECISION, *ZERO_ROWS, *_REST)
+SUPPORT: dict[str, Row] = {row.key: row for row in ROWS}

@@ -1,0 +1,51 @@
+"""The rows of batch, optimizer and scheduler in the table of what is built."""
+
+from zerograph.config.row import OFF, advises, built, refused, under
+
+TRAINING_ROWS = (
+    *built("train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps"),
+    *built("gradient_clipping bf16.enabled optimizer.type scheduler.type"),
+    *built(
+        under(
+            "optimizer.params",
+            "lr betas eps weight_decay adam_w_mode torch_adam momentum dampening nesterov",
+        )
+    ),
+    *refused("optimizer.params.bias_correction", "Adam corrects its bias", "leave it out", True),
+    *refused(
+        under("optimizer.params", "amsgrad maximize differentiable"),
+        "the update is plain gradient descent of the type given",
+        OFF,
+        False,
+    ),
+    *refused(
+        "optimizer.params.fp32_optimizer_states",
+        "optimizer states are fp32",
+        "leave it out",
+        True,
+    ),
+    *advises(
+        under("optimizer.params", "set_grad_none capturable foreach fused")
+        + " optimizer.legacy_fusion",
+        "one generated kernel updates each bucket, and gradients live in the graph",
+    ),
+    *built(
+        under(
+            "scheduler.params",
+            "warmup_min_lr warmup_max_lr warmup_num_steps warmup_type total_num_steps "
+            "warmup_min_ratio cos_min_ratio",
+        )
+    ),
+    *refused(
+        "scheduler.params.last_batch_iteration",
+        "a schedule starts at its first step",
+        "leave it out, and load a checkpoint to go on from a later step",
+        -1,
+    ),
+    *refused(
+        "managed_gradient_accumulation",
+        "the engine counts micro-batches and steps at the boundary",
+        "set it to true or leave it out, and call step() after every micro-batch",
+        True,
+    ),
+)

@@ -1,0 +1,288 @@
+"""The engine: a compiled model that trains.
+
+    engine = zerograph.compile(model, config)
+    loss = engine(**batch).loss
+    engine.backward(loss)
+    engine.step()
+
+The engine captures at the first call of a kind and keeps the programs. It owns the model's parameters:
+they keep their names, shapes and dtypes, and have no values until `zerograph.gathered` or `destroy()`.
+"""
+
+import os
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zerograph.codegen.optimizers import Rule
+from zerograph.config import ZeroConfig, load_config
+from zerograph.errors import PlanError
+from zerograph.layout import layout_of
+from zerograph.passes.lower import Program
+from zerograph.plan import OptimizerSpec, Plan, optimizer_of, plan_of
+from zerograph.precision import precision_of, short
+from zerograph.runtime import values
+from zerograph.runtime.agree import Agreement
+from zerograph.runtime.key import key_of
+from zerograph.runtime.lr_schedule import scheduler_of
+from zerograph.runtime.optimizer import ShardedOptimizer
+from zerograph.runtime.run import Compiled, Runner
+from zerograph.runtime.state import State
+from zerograph.runtime.world import World, current_world
+from zerograph.template import dissect
+from zerograph.trace import trace
+
+
+def compile(
+    model: nn.Module,
+    config: Mapping[str, Any] | str | os.PathLike[str] | ZeroConfig,
+    *,
+    param_groups: Sequence[Mapping[str, Any]] | None = None,
+    device: str | torch.device | None = None,
+) -> "Engine":
+    """Take `model` over and answer an engine that trains it as the DeepSpeed `config` says.
+
+    `config` is a dict, a path to a JSON file, or a ZeroConfig. `param_groups` is torch's list of dicts
+    with "params" and options. Under torchrun every rank calls this; otherwise the world is one process.
+    `device` is the current CUDA device if there is one, else the CPU. Nothing is captured yet.
+
+    Raises ConfigError for the config, PlanError for the model or groups, AgreementError if ranks differ.
+    """
+    loaded = load_config(config)
+    return Engine(model, loaded, current_world(device), param_groups)
+
+
+class Engine:
+    """A model in training. Made by `zerograph.compile`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: ZeroConfig,
+        world: World,
+        param_groups: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
+        if getattr(model, "_zerograph_engine", None) is not None:
+            raise PlanError(
+                f"{type(model).__name__} belongs to an engine already; call its destroy() first"
+            )
+        self.module = model
+        self.config = config
+        self.world = world
+        self.batch = config.batch(world.size)
+        stage = config.zero_optimization.stage
+        precision = precision_of(model, config)
+        layout = layout_of(model, world.size, precision, param_groups)
+        spec = optimizer_of(config, layout)
+        self._agreement = Agreement(world)
+        self._agreement.agree(f"the layout of {type(model).__name__}", self._layout_lines(layout, spec))
+        states = spec.states if spec else ()
+        self.state = State.take_over(model, layout, precision, stage, world, states)
+        object.__setattr__(model, "_zerograph_engine", True)
+        self.optimizer = ShardedOptimizer(spec.rule, spec.groups, self.state) if spec else None
+        self.lr_scheduler = scheduler_of(config, self.optimizer)
+        self.micro_steps = 0
+        self.global_steps = 0
+        self._programs: dict[Hashable, Compiled] = {}
+        self._plan: Plan | None = None
+        self._step_program: tuple[Plan, Program] | None = None
+        self._used: set[str] = set()
+        self._norm: float | None = None
+        self._run = Runner(model, self.state, self._received)
+
+    # Training
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model's forward; what comes back is what the model itself returns."""
+        self._require_alive()
+        tensors, rebuild = dissect((args, kwargs))
+        placed = self._place([tensor for _, tensor in tensors])
+        args, kwargs = rebuild(placed)
+        named = [(path, tensor) for (path, _), tensor in zip(tensors, placed)]
+        key = key_of(self.module, (args, kwargs), named)
+        compiled = self._programs.get(key)
+        if compiled is None:
+            compiled = self._programs[key] = self._compile(args, kwargs)
+        return self._run(compiled, placed)
+
+    def backward(self, loss: Tensor, retain_graph: bool = False) -> Tensor:
+        """Backpropagate a scalar loss; `loss.backward()` does the same. Answers the loss.
+
+        Every backward of an accumulation weighs the same: the mean over micro-batches is applied.
+        """
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            what = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise PlanError(
+                f"engine.backward needs a scalar loss that requires grad, got {what}; take it from "
+                "the engine's outputs outside torch.no_grad()"
+            )
+        loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+        return loss
+
+    def step(self) -> None:
+        """At the boundary of gradient accumulation: reduce, clip, update. Otherwise only count."""
+        self._require_alive()
+        if self.optimizer is None:
+            raise PlanError(
+                'engine.step() needs an optimizer; add {"optimizer": {"type": "AdamW", "params": '
+                '{"lr": 1e-3}}} to the config'
+            )
+        boundary = self.is_gradient_accumulation_boundary()
+        if boundary:
+            self._update()
+        self.micro_steps += 1
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the next `step()` updates parameters."""
+        return (self.micro_steps + 1) % self.batch.accumulation == 0
+
+    def get_global_grad_norm(self) -> float | None:
+        """The 2-norm of the mean gradient at the last update, before clipping; None before it."""
+        return self._norm
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients kept since the last update."""
+        self.state.drop_gradients()
+        self._used.clear()
+
+    def train(self, mode: bool = True) -> "Engine":
+        self.module.train(mode)
+        return self
+
+    def eval(self) -> "Engine":
+        return self.train(False)
+
+    @property
+    def training(self) -> bool:
+        return self.module.training
+
+    # Looking
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the step that ran last: the very graph that runs."""
+        if self._plan is None:
+            raise PlanError("nothing is planned before the first call of the engine")
+        return self._plan
+
+    def gradients(self) -> dict[str, Tensor | None]:
+        """Every trainable parameter's mean gradient so far, full, by name; call it on all ranks.
+
+        None for a parameter that received none on this rank since the last update.
+        """
+        return values.gradients(self.state, self._used)
+
+    # Values
+
+    def state_dict(self, *, rank0_only: bool = False) -> dict[str, Any]:
+        """The model's state dict in full, on the CPU; call it on all ranks.
+
+        Names are the model's own, tied ones and persistent buffers (rank 0's) included. With
+        `rank0_only` the other ranks answer an empty dict.
+        """
+        self._require_alive()
+        return values.state_dict(self.state, rank0_only)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
+        """Take parameters and buffers from a full state dict; call it on all ranks with the same."""
+        self._require_alive()
+        values.load_state_dict(self.state, state_dict, strict)
+
+    def destroy(self) -> nn.Module:
+        """Give the model its full parameters back, on all ranks, and end the engine. Answers it."""
+        self._require_alive()
+        values.give_back(self.state)
+        self._programs.clear()
+        self.state.storages.clear()
+        object.__setattr__(self.module, "_zerograph_engine", None)
+        return self.module
+
+    # Inside
+
+    def _require_alive(self) -> None:
+        if not self.state.storages and self.state.layout.buckets:
+            raise PlanError("this engine was destroyed; compile the model again")
+
+    def _place(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Inputs on the engine's device, floating ones in the policy's dtype; the same stay the same."""
+        made: dict[int, Tensor] = {}
+        for tensor in tensors:
+            if id(tensor) not in made:
+                dtype = self.state.precision.input(tensor.dtype)
+                made[id(tensor)] = tensor.to(device=self.world.device, dtype=dtype)
+        return [made[id(tensor)] for tensor in tensors]
+
+    def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compiled:
+        layout, precision = self.state.layout, self.state.precision
+        traced = trace(
+            self.module, args, kwargs, layout=layout, precision=precision, device=self.world.device
+        )
+
+        def make_plan(arriving: tuple[str, ...] | None = None) -> Plan:
+            made = plan_of(traced, self.config, arriving)
+            kind = "a training step" if made.graph.training else "a forward"
+            self._agreement.agree(f"{kind} of {made.graph.model}", made.signature())
+            self._adopt(made)
+            return made
+
+        planned = make_plan()
+        group = self.world.group_name
+        return Compiled(traced, planned, planned.program("forward", group), make_plan, group)
+
+    def _adopt(self, planned: Plan) -> None:
+        """Remember a new plan; its step program is taken if it is the first or asks the ranks more."""
+        self._plan = planned
+        if not planned.graph.training or self.optimizer is None:
+            return
+        asks = bool(planned.graph.unused)
+        if self._step_program is None or (asks and not self._step_program[0].graph.unused):
+            program = planned.program("step", self.world.group_name)
+            self._step_program = (planned, program)
+
+    def _received(self, planned: Plan) -> None:
+        trainable = (p.name for p in planned.graph.layout.params.values() if p.trainable)
+        self._used.update(set(trainable) - set(planned.graph.unused))
+        self._plan = planned
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        if self._step_program is None or self.optimizer is None:
+            raise PlanError("engine.step() before any forward with gradients; nothing to apply")
+        planned, program = self._step_program
+        inputs: list[Any] = []
+        for role in program.inputs:
+            if role.kind == "used":
+                inputs.append(self._used_flags())
+            elif role.kind == "hyper":
+                inputs.append(self.optimizer)
+            else:
+                inputs.append(self.state.resolve(role))
+        for storage in self.state.storages.values():
+            if storage.kept is None and storage.bucket.trainable:
+                raise PlanError("engine.step() before any backward since the last update")
+        self.state.drop_gradients()
+        (norm,) = program.module(inputs)
+        self._norm = float(norm)
+        self._used.clear()
+        self.global_steps += 1
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+
+    def _used_flags(self) -> Tensor:
+        trainable = [p.name for p in self.state.layout.params.values() if p.trainable]
+        flags = [name in self._used for name in trainable]
+        return torch.tensor(flags, dtype=torch.uint8, device=self.world.device)
+
+    def _layout_lines(self, layout: Any, spec: OptimizerSpec | None) -> list[str]:
+        rule: Rule | None = spec.rule if spec else None
+        lines = [
+            f"stage {self.config.zero_optimization.stage}, accumulation {self.batch.accumulation}, "
+            f"clipping {self.config.gradient_clipping}, optimizer {rule.name if rule else 'none'}"
+        ]
+        for bucket in layout.buckets.values():
+            for param in layout.bucket_params(bucket.name):
+                shape = list(param.shape)
+                lines.append(f"{bucket.name} {param.name} {short(param.dtype)} {shape}")
+        return lines

@@ -1,0 +1,29 @@
+"""The errors that zerograph raises for its users.
+
+Every message says what is wrong, where it is (a config key, a parameter name, a source line), and
+how to mend it. Faults in zerograph itself are `AssertionError`, never one of these.
+"""
+
+
+class ZerographError(ValueError):
+    """The root of all errors that a user of zerograph can mend."""
+
+
+class ConfigError(ZerographError):
+    """Raised when a config cannot be read, is wrong, or asks for what is not built."""
+
+
+class CaptureError(ZerographError):
+    """Raised when a model cannot be traced into one graph of a training step."""
+
+
+class PlanError(ZerographError):
+    """Raised when no rewritten graph can satisfy the config for this model and world size."""
+
+
+class VerifyError(ZerographError):
+    """Raised when a rewritten graph breaks a rule that every graph has to keep."""
+
+
+class AgreementError(ZerographError):
+    """Raised when ranks hold different plans, before any of them waits for another in vain."""

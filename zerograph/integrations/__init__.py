@@ -1,0 +1,1 @@
+"""Names and shapes that other libraries' users already have in their scripts."""

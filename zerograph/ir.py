@@ -1,0 +1,259 @@
+"""TrainGraph: one training step as one torch.fx graph, and the tables that give it meaning.
+
+The graph has three regions, in this order: forward, backward, step. Its placeholders have roles:
+
+    param      a whole parameter (before `shard`)          name = FQN
+    buffer     a buffer of the module                      name = FQN
+    constant   a tensor that the module's code captured    name = c0, c1, ...
+    input      a tensor argument of the forward            name = its path in the call
+    tangent    the gradient of an output that arrived      name = the output's path
+    full       a bucket's full storage (stages 0 to 2)     name = bucket
+    shard      this rank's slice of a bucket               name = bucket
+    kept       gradients kept since the last step          name = bucket
+    master     the fp32 slice that the optimizer updates   name = bucket
+    state      one optimizer state slice                   name = bucket/state
+    hyper      the optimizer's scalars, one row a group    name = hyper
+    used       flags: which parameters had a gradient      name = used
+
+and its output is a dict: "forward" (what the forward returns, then what it stores into buffers),
+"saved" (what the forward keeps for the backward, whichever gradients arrive), "backward" (gradients
+of parameters and inputs; after `reduce`, the kept gradients), "step" (the gradient norm).
+
+Facts about a node are written when it is inserted, in `node.meta`: `region`, `role`, `module`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from zerograph import ops
+from zerograph.layout import Layout
+from zerograph.precision import Precision
+
+Region = Literal["forward", "backward", "step"]
+REGIONS: tuple[Region, ...] = ("forward", "backward", "step")
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a placeholder stands for; see the module's docstring for the kinds."""
+
+    kind: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """One entry of the "forward" outputs.
+
+    kind "output": `name` is its path in what the model returns. kind "update": the new value of
+    buffer `name`; kind "input_update": the new value of input `name`, which the forward changed.
+    """
+
+    kind: str
+    name: str
+    differentiable: bool = False
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """One entry of the "backward" outputs before `reduce`: of a "param" or an "input"."""
+
+    kind: str
+    name: str
+
+
+@dataclass
+class TrainGraph:
+    """A joint graph and its tables. Passes change `module.graph` in place and replace the tables."""
+
+    module: fx.GraphModule
+    model: str
+    layout: Layout
+    precision: Precision
+    results: tuple[Result, ...]
+    gradients: tuple[Gradient, ...]
+    fake_mode: FakeTensorMode
+    training: bool
+    """Whether the graph has a backward region."""
+    stage: int = 0
+    unused: tuple[str, ...] = ()
+    """Trainable parameters that receive no gradient in this graph."""
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    @property
+    def world(self) -> int:
+        return self.layout.world
+
+    def copy(self) -> "TrainGraph":
+        """An independent graph with the same tables."""
+        graph = fx.Graph()
+        output = graph.graph_copy(self.graph, {}, return_output_node=True)
+        assert isinstance(output, tuple)
+        graph.output(output[0])
+        return replace(self, module=fx.GraphModule(self.module, graph), notes=dict(self.notes))
+
+    # Reading
+
+    def nodes(self, region: Region | None = None) -> list[fx.Node]:
+        """Call nodes in order, of one region or of all."""
+        calls = (n for n in self.graph.nodes if n.op not in ("placeholder", "output"))
+        return [n for n in calls if region is None or region_of(n) == region]
+
+    def placeholders(self, kind: str | None = None) -> list[fx.Node]:
+        found = self.graph.find_nodes(op="placeholder")
+        return [n for n in found if kind is None or role_of(n).kind == kind]
+
+    def placeholder(self, kind: str, name: str) -> fx.Node:
+        return next(n for n in self.placeholders(kind) if role_of(n).name == name)
+
+    @property
+    def output(self) -> fx.Node:
+        return next(iter(self.graph.find_nodes(op="output")))
+
+    def outputs(self, section: str) -> tuple[fx.Node | None, ...]:
+        sections = cast(dict[str, Sequence[fx.Node | None]], self.output.args[0])
+        return tuple(sections[section])
+
+    # Changing
+
+    def set_outputs(self, **sections: Sequence[fx.Node | None]) -> None:
+        current = dict(cast(dict[str, Any], self.output.args[0]))
+        self.output.args = ({**current, **{k: tuple(v) for k, v in sections.items()}},)
+
+    def add_placeholder(self, kind: str, name: str, value: torch.Tensor) -> fx.Node:
+        """A new input of the graph, after those that are there."""
+        last = self.placeholders()
+        anchor = last[-1] if last else None
+        first = next(iter(self.graph.nodes))
+        with self.graph.inserting_after(anchor) if anchor else self.graph.inserting_before(first):
+            node = self.graph.placeholder(_identifier(f"{kind}_{name}"))
+        node.meta.update(role=Role(kind, name), val=value)
+        return node
+
+    def fake(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A fake flat tensor, for a placeholder's value."""
+        with self.fake_mode:
+            return torch.empty(numel, dtype=dtype, device=device)
+
+    @contextmanager
+    def inserting(self, before: fx.Node, region: Region, module: str = "") -> Iterator["Inserter"]:
+        """Insert zero.* (or aten) calls before `before`; each gets its value, region and module."""
+        with self.graph.inserting_before(before):
+            yield Inserter(self, region, module)
+
+    def first(self, region: Region) -> fx.Node:
+        """The node before which something at the start of `region` is inserted."""
+        later = REGIONS[REGIONS.index(region) :]
+        return next((n for n in self.nodes() if region_of(n) in later), self.output)
+
+    def end(self, region: Region) -> fx.Node:
+        """The node before which something at the end of `region` is inserted."""
+        later = REGIONS[REGIONS.index(region) + 1 :]
+        return next((n for n in self.nodes() if region_of(n) in later), self.output)
+
+
+@dataclass(frozen=True)
+class Inserter:
+    """Calls operators into a graph at a fixed place."""
+
+    graph: TrainGraph
+    region: Region
+    module: str
+
+    def __call__(self, target: OpOverload, *args: Any, **kwargs: Any) -> fx.Node:
+        node = self.graph.graph.call_function(target, args, kwargs)
+        values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with self.graph.fake_mode:
+            node.meta["val"] = target(*values[0], **values[1])
+        node.meta.update(region=self.region, module=self.module)
+        return node
+
+
+def region_of(node: fx.Node) -> Region:
+    return cast(Region, node.meta["region"])
+
+
+def role_of(node: fx.Node) -> Role:
+    return cast(Role, node.meta["role"])
+
+
+def module_of(node: fx.Node) -> str:
+    """FQN of the module that a node's work comes from; empty when there is none."""
+    return cast(str, node.meta.get("module", ""))
+
+
+def is_call(node: fx.Node, *targets: OpOverload) -> bool:
+    return node.op == "call_function" and node.target in targets
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a node's result shares storage with its first argument and writes nothing."""
+    if node.op != "call_function":
+        return False
+    target: Any = node.target
+    if getattr(target, "__name__", "") == "getitem":
+        source = node.args[0]
+        return isinstance(source, fx.Node) and is_view(source)
+    if not isinstance(target, OpOverload):
+        return False
+    if target in _VIEWS_WITHOUT_ALIAS_INFO:
+        return True
+    info = [r.alias_info for r in target._schema.returns]
+    return bool(info) and all(a is not None and not a.is_write for a in info)
+
+
+_VIEWS_WITHOUT_ALIAS_INFO: tuple[object, ...] = (
+    torch.ops.aten._unsafe_view.default,
+    ops.param,
+    ops.wait,
+)
+
+
+def view_root(node: fx.Node) -> fx.Node:
+    """The node whose storage `node` is a view of; itself if it is none."""
+    while is_view(node):
+        node = cast(fx.Node, node.args[0])
+    return node
+
+
+def eliminate_dead_code(graph: TrainGraph) -> None:
+    """Drop nodes without effect that nobody uses; placeholders stay."""
+    graph.graph.eliminate_dead_code(is_impure_node=_has_effect)
+
+
+def _has_effect(node: fx.Node) -> bool:
+    if node.op in ("placeholder", "output"):
+        return True
+    if node.op != "call_function":
+        return False
+    target: Any = node.target
+    if ops.is_zero(target):
+        return target in ops.EFFECTS
+    if not isinstance(target, OpOverload):
+        return False
+    seeded = torch.Tag.nondeterministic_seeded in target.tags
+    return seeded or target._schema.is_mutable
+
+
+def map_tensors(value: Any, function: Callable[[torch.Tensor], Any]) -> list[Any]:
+    """`function` of every tensor in a node's value (a tensor, or a list of them)."""
+    if isinstance(value, torch.Tensor):
+        return [function(value)]
+    if isinstance(value, (list, tuple)):
+        return [result for item in value for result in map_tensors(item, function)]
+    return []
+
+
+def _identifier(text: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in text)

@@ -1,0 +1,152 @@
+"""The zero.* operators: what ZeRO adds to a graph of aten ops.
+
+Each has a schema and a fake implementation (shapes only); none has a real one. They stand in a
+TrainGraph between the `shard` pass that brings the first of them and the `lower` pass that turns
+them into collectives and kernels. `world` is a number of ranks; no operator knows a rank.
+
+    gather          start an all-gather of a bucket's shards; the result is pending until waited for
+    wait            the value of a pending collective
+    param           a parameter as a view of its (full) bucket
+    release         the bucket's full storage ends here
+    grad_buffer     an empty flat gradient buffer for a bucket, padding zeroed
+    put             write one gradient into its place of a buffer; the result is the buffer
+    reduce_scatter  start averaging a buffer over ranks; each rank receives its slice
+    all_reduce      start averaging a buffer over ranks; each rank receives all of it
+    accumulate      add, times a weight, to the gradients kept since the last step (if any yet)
+    norm_partials   sums of squares of gradient slices, one for each of `parts` ranks' slices
+    gather_partials start an all-gather of the one partial that each rank has
+    grad_norm       global 2-norm from all ranks' partials, summed in rank order
+    clip            the factor min(1, max_norm / (norm + 1e-6)) of torch's clip_grad_norm_
+    any_rank        start a maximum over ranks of the flags of parameters that received a gradient
+    update          the optimizer's rule on one bucket's shard, in place
+    refresh         start an all-gather of updated shards into the full bucket, in place
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+_library = torch.library.Library("zero", "DEF")
+
+
+def _define(schema: str) -> Callable[[Callable[..., Any]], OpOverload]:
+    """Register an operator; the decorated function is its fake implementation."""
+
+    def register(fake: Callable[..., Any]) -> OpOverload:
+        name = schema.partition("(")[0]
+        _library.define(schema)
+        torch.library.register_fake(f"zero::{name}", fake, lib=_library)
+        overload: OpOverload = getattr(torch.ops.zero, name).default
+        return overload
+
+    return register
+
+
+@_define("gather(Tensor shard, str bucket, int world) -> Tensor")
+def gather(shard: Tensor, bucket: str, world: int) -> Tensor:
+    return shard.new_empty(shard.numel() * world)
+
+
+@_define("wait(Tensor pending) -> Tensor")
+def wait(pending: Tensor) -> Tensor:
+    return torch.empty_like(pending)
+
+
+@_define("param(Tensor full, str name, int offset, int[] size, int[] stride) -> Tensor")
+def param(full: Tensor, name: str, offset: int, size: list[int], stride: list[int]) -> Tensor:
+    return full.new_empty_strided(size, stride)
+
+
+@_define("release(Tensor full, str bucket) -> ()")
+def release(full: Tensor, bucket: str) -> None:
+    return None
+
+
+@_define("grad_buffer(Tensor like, str bucket, int numel, ScalarType dtype) -> Tensor")
+def grad_buffer(like: Tensor, bucket: str, numel: int, dtype: torch.dtype) -> Tensor:
+    return like.new_empty(numel, dtype=dtype)
+
+
+@_define("put(Tensor buffer, Tensor grad, str name, int offset, int[] size, int[] stride) -> Tensor")
+def put(
+    buffer: Tensor, grad: Tensor, name: str, offset: int, size: list[int], stride: list[int]
+) -> Tensor:
+    return torch.empty_like(buffer)
+
+
+@_define("reduce_scatter(Tensor buffer, str bucket, int world) -> Tensor")
+def reduce_scatter(buffer: Tensor, bucket: str, world: int) -> Tensor:
+    return buffer.new_empty(buffer.numel() // world)
+
+
+@_define("all_reduce(Tensor buffer, str bucket, int world) -> Tensor")
+def all_reduce(buffer: Tensor, bucket: str, world: int) -> Tensor:
+    return torch.empty_like(buffer)
+
+
+@_define("accumulate(Tensor kept, Tensor grad, str bucket, float weight) -> Tensor")
+def accumulate(kept: Tensor, grad: Tensor, bucket: str, weight: float) -> Tensor:
+    return torch.empty_like(kept)
+
+
+@_define("norm_partials(Tensor[] grads, int parts) -> Tensor")
+def norm_partials(grads: list[Tensor], parts: int) -> Tensor:
+    return grads[0].new_empty(parts, dtype=torch.float64)
+
+
+@_define("gather_partials(Tensor partial, int world) -> Tensor")
+def gather_partials(partial: Tensor, world: int) -> Tensor:
+    return partial.new_empty(world)
+
+
+@_define("grad_norm(Tensor partials) -> Tensor")
+def grad_norm(partials: Tensor) -> Tensor:
+    return partials.new_empty(())
+
+
+@_define("clip(Tensor norm, float max_norm) -> Tensor")
+def clip(norm: Tensor, max_norm: float) -> Tensor:
+    return norm.new_empty((), dtype=torch.float32)
+
+
+@_define("any_rank(Tensor flags, int world) -> Tensor")
+def any_rank(flags: Tensor, world: int) -> Tensor:
+    return torch.empty_like(flags)
+
+
+@_define(
+    "update(Tensor master, Tensor grad, Tensor[] state, Tensor? low, Tensor hyper, Tensor used, "
+    "Tensor? factor, str bucket, str rule) -> ()"
+)
+def update(
+    master: Tensor,
+    grad: Tensor,
+    state: list[Tensor],
+    low: Tensor | None,
+    hyper: Tensor,
+    used: Tensor,
+    factor: Tensor | None,
+    bucket: str,
+    rule: str,
+) -> None:
+    return None
+
+
+@_define("refresh(Tensor full, Tensor shard, str bucket, int world) -> Tensor")
+def refresh(full: Tensor, shard: Tensor, bucket: str, world: int) -> Tensor:
+    return torch.empty_like(full)
+
+
+COLLECTIVES = (gather, reduce_scatter, all_reduce, gather_partials, any_rank, refresh)
+"""Operators that communicate. Each is asynchronous: its result is pending until one `wait`."""
+
+EFFECTS = (*COLLECTIVES, wait, release, put, accumulate, update)
+"""Operators that dead-code elimination must keep even when nobody uses their result."""
+
+
+def is_zero(target: object) -> bool:
+    """Whether `target` is one of the operators of this file."""
+    return isinstance(target, OpOverload) and target.namespace == "zero"

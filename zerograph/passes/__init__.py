@@ -1,0 +1,21 @@
+"""One pass a file; the file's name is the pass's name in logs, on the command line and in goldens."""
+
+from zerograph.passes.gather import Gather
+from zerograph.passes.normalize import Normalize
+from zerograph.passes.reduce import Reduce
+from zerograph.passes.release import Release
+from zerograph.passes.schedule import Schedule
+from zerograph.passes.shard import Shard
+from zerograph.passes.specialize import Specialize
+from zerograph.passes.update import Update
+
+__all__ = [
+    "Gather",
+    "Normalize",
+    "Reduce",
+    "Release",
+    "Schedule",
+    "Shard",
+    "Specialize",
+    "Update",
+]

@@ -1,0 +1,92 @@
+"""reduce: gradients go into flat buffers as they appear, and the buffers over the ranks.
+
+    before                                     after (stages 2 and 3)
+      %8 = aten.mm(..)       # grad of w         %b0.grad = zero.grad_buffer b0
+      return %8                                  %8 = aten.mm(..)
+                                                 zero.put %b0.grad, %8 "w"
+                                                 %b0.mean = zero.reduce_scatter %b0.grad
+                                                 zero.wait %b0.mean
+                                                 %b0.sum = zero.accumulate %b0.kept, %b0.mean
+                                                 return %b0.sum
+
+At stages 0 and 1 the buffer itself is accumulated and reduced in the step, at the boundary of
+gradient accumulation; at 2 and 3 (gradient partitioning, ZeRO, arXiv:1910.02054 section 5.2) each
+backward reduces and shards accumulate. Every trainable bucket is reduced, whichever gradients this
+graph has, so that the order of collectives never depends on them. Each backward weighs 1/accumulation.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+from torch import fx
+
+from zerograph import ops
+from zerograph.ir import Gradient, TrainGraph, role_of
+from zerograph.layout import Bucket
+
+
+@dataclass(frozen=True)
+class Reduce:
+    accumulation: int
+
+    name: ClassVar[str] = "reduce"
+    requires: ClassVar[frozenset[str]] = frozenset({"sharded"})
+    provides: ClassVar[frozenset[str]] = frozenset({"reduced"})
+
+    def apply(self, graph: TrainGraph) -> str:
+        if not graph.training:
+            return "no backward"
+        grads = dict(zip(graph.gradients, graph.outputs("backward"), strict=True))
+        kept: list[tuple[Gradient, fx.Node]] = []
+        order = {node: index for index, node in enumerate(graph.graph.nodes)}
+        for bucket in reversed(graph.layout.trainable_buckets()):
+            found = {p: grads.get(Gradient("param", p)) for p in bucket.params}
+            present = {p: cast(fx.Node, n) for p, n in found.items() if n is not None}
+            in_order = sorted(present, key=lambda p: order[present[p]])
+            filled = _fill(graph, bucket, {p: present[p] for p in in_order})
+            kept.append((Gradient("kept", bucket.name), self._reduce(graph, bucket, filled)))
+        inputs = [(g, n) for g, n in grads.items() if g.kind == "input"]
+        graph.gradients = tuple(g for g, _ in kept + inputs)
+        graph.set_outputs(backward=[n for _, n in kept + inputs])
+        return f"{len(kept)} buckets reduced"
+
+    def _reduce(self, graph: TrainGraph, bucket: Bucket, filled: fx.Node) -> fx.Node:
+        dtype = graph.precision.accumulate(bucket.dtype)
+        partitioned = graph.stage >= 2
+        numel = bucket.shard_numel if partitioned else bucket.numel
+        value = graph.fake(numel, dtype, filled.meta["val"].device)
+        kept = graph.add_placeholder("kept", bucket.name, value)
+        with graph.inserting(filled.next, "backward", bucket.block) as insert:
+            grad = filled
+            if partitioned:
+                grad = insert(ops.wait, insert(ops.reduce_scatter, grad, bucket.name, graph.world))
+            return insert(ops.accumulate, kept, grad, bucket.name, 1 / self.accumulation)
+
+
+
+def _fill(graph: TrainGraph, bucket: Bucket, grads: dict[str, fx.Node]) -> fx.Node:
+    """A buffer with the bucket's gradients, each put there as soon as it exists."""
+    storage = next(n for n in graph.placeholders() if role_of(n).name == bucket.name)
+    dtype = graph.precision.reduce(bucket.dtype)
+    first = next(iter(grads.values()), None)
+    place = _behind(graph, first) if first is not None else graph.end("backward")
+    with graph.inserting(place, "backward", bucket.block) as insert:
+        buffer = insert(ops.grad_buffer, storage, bucket.name, bucket.numel, dtype)
+    for name, grad in grads.items():
+        param = graph.layout.params[name]
+        before = _later(graph, _behind(graph, grad), buffer.next)
+        with graph.inserting(before, "backward", bucket.block) as insert:
+            view = list(param.shape), list(param.stride)
+            buffer = insert(ops.put, buffer, grad, name, param.offset, *view)
+    return buffer
+
+
+def _behind(graph: TrainGraph, grad: fx.Node) -> fx.Node:
+    """The place right behind a gradient, in the backward."""
+    backward = grad.op == "call_function" and grad.meta["region"] == "backward"
+    return grad.next if backward else graph.first("backward")
+
+
+def _later(graph: TrainGraph, one: fx.Node, other: fx.Node) -> fx.Node:
+    return other if one < other else one
+

@@ -1,0 +1,168 @@
+"""update: the step region: mean gradients, their norm, clipping, the optimizer, fresh parameters.
+
+    step()                                         # stage 1, with clipping
+      %b0.mean = zero.reduce_scatter %b0.sum       # at stages 2 and 3 the backward did this
+      zero.wait %b0.mean
+      %part = zero.norm_partials [%b0.mean]
+      %parts = zero.gather_partials %part
+      zero.wait %parts
+      %norm = zero.grad_norm %parts
+      %factor = zero.clip %norm 1.0
+      zero.update %b0.shard, %b0.mean, ..          # in place on this rank's slice
+      %b0.new = zero.refresh %b0.full, %b0.shard   # stages 1 and 2: everyone's slices
+      zero.wait %b0.new
+
+The norm is at every stage the sum, in rank order, of one partial for each rank's slice; at stage 0, where
+every rank has every slice, no communication is needed for it. Where some parameter has no gradient in
+this graph, ranks exchange which ones had (a parameter is left alone if it had none on any rank).
+ZeRO, arXiv:1910.02054 section 5.1.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import torch
+from torch import fx
+
+from zerograph import ops
+from zerograph.ir import Inserter, TrainGraph, role_of
+from zerograph.layout import Bucket
+
+
+@dataclass(frozen=True)
+class Update:
+    rule: str
+    """Name of the optimizer's rule."""
+    states: tuple[str, ...]
+    """Names of the rule's state slices, each as long as the master slice."""
+    scalars: int
+    """Columns of the table of scalars, one row a parameter group."""
+    max_norm: float = 0.0
+    """Global norm that gradients are clipped to; 0 for no clipping."""
+
+    name: ClassVar[str] = "update"
+    requires: ClassVar[frozenset[str]] = frozenset({"reduced"})
+    provides: ClassVar[frozenset[str]] = frozenset({"updated"})
+
+    def apply(self, graph: TrainGraph) -> str:
+        kept = [n for g, n in zip(graph.gradients, graph.outputs("backward")) if g.kind == "kept"]
+        if not kept or not self.rule:
+            return "no optimizer" if kept else "no gradients"
+        graph.notes["optimizer"] = self.rule
+        step = _Step(self, graph)
+        buckets = [graph.layout.buckets[g.name] for g in graph.gradients if g.kind == "kept"]
+        step.run({bucket: cast(fx.Node, node) for bucket, node in zip(buckets, kept)})
+        return f"{len(kept)} buckets updated by {self.rule}"
+
+
+@dataclass
+class _Step:
+    """Builds the step region at the end of the graph."""
+
+    options: Update
+    graph: TrainGraph
+
+    def run(self, kept: Mapping[Bucket, fx.Node]) -> None:
+        with self.graph.inserting(self.graph.output, "step") as insert:
+            grads = self._means(insert, kept)
+            norm = self._norm(insert, list(grads.values()))
+            factor = None
+            if self.options.max_norm > 0:
+                factor = insert(ops.clip, norm, self.options.max_norm)
+            used = self._used(insert)
+            hyper = self._hyper()
+            for bucket, grad in grads.items():
+                self._update(insert, bucket, grad, hyper, used, factor)
+            self._refresh(insert, list(grads))
+        self.graph.set_outputs(step=[norm])
+
+    def _means(self, insert: Inserter, kept: Mapping[Bucket, fx.Node]) -> dict[Bucket, fx.Node]:
+        """The averaged gradient of each bucket: of the whole at stage 0, else this rank's slice."""
+        if self.graph.stage >= 2:
+            return dict(kept)
+        target = ops.all_reduce if self.graph.stage == 0 else ops.reduce_scatter
+        started = {}
+        for bucket, node in kept.items():
+            sent = self._cast(insert, node, self.graph.precision.reduce(bucket.dtype))
+            started[bucket] = insert(target, sent, bucket.name, self.graph.world)
+        means = {bucket: insert(ops.wait, node) for bucket, node in started.items()}
+        dtype_of = self.graph.precision.accumulate
+        return {b: self._cast(insert, n, dtype_of(b.dtype)) for b, n in means.items()}
+
+    def _cast(self, insert: Inserter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        if node.meta["val"].dtype == dtype:
+            return node
+        return insert(torch.ops.aten._to_copy.default, node, dtype=dtype)
+
+    def _norm(self, insert: Inserter, grads: list[fx.Node]) -> fx.Node:
+        whole = self.graph.stage == 0
+        partials = insert(ops.norm_partials, grads, self.graph.world if whole else 1)
+        if not whole:
+            partials = insert(ops.wait, insert(ops.gather_partials, partials, self.graph.world))
+        return insert(ops.grad_norm, partials)
+
+    def _used(self, insert: Inserter) -> fx.Node:
+        count = sum(p.trainable for p in self.graph.layout.params.values())
+        with self.graph.fake_mode:
+            value = torch.empty(count, dtype=torch.uint8, device=self._device)
+        used = self.graph.add_placeholder("used", "used", value)
+        if not self.graph.unused:
+            return used
+        return insert(ops.wait, insert(ops.any_rank, used, self.graph.world))
+
+    def _hyper(self) -> fx.Node:
+        shape = len(self.graph.layout.groups), self.options.scalars
+        with self.graph.fake_mode:
+            value = torch.empty(shape, dtype=torch.float32, device=self._device)
+        return self.graph.add_placeholder("hyper", "hyper", value)
+
+    def _update(
+        self,
+        insert: Inserter,
+        bucket: Bucket,
+        grad: fx.Node,
+        hyper: fx.Node,
+        used: fx.Node,
+        factor: fx.Node | None,
+    ) -> None:
+        own = self._own(bucket)
+        master_dtype = self.graph.precision.master(bucket.dtype)
+        numel = own.meta["val"].numel()
+        master, low = own, None
+        if bucket.dtype != master_dtype:
+            master, low = self._state(bucket, "master", bucket.name, numel), own
+        names = self.options.states
+        state = [self._state(bucket, "state", f"{bucket.name}/{s}", numel) for s in names]
+        rule = self.options.rule
+        insert(ops.update, master, grad, state, low, hyper, used, factor, bucket.name, rule)
+
+    def _own(self, bucket: Bucket) -> fx.Node:
+        """What the optimizer writes: all of the bucket at stage 0, else this rank's slice."""
+        if self.graph.stage == 0:
+            return self.graph.placeholder("full", bucket.name)
+        found = [p for p in self.graph.placeholders("shard") if role_of(p).name == bucket.name]
+        if found:
+            return found[0]
+        value = self.graph.fake(bucket.shard_numel, bucket.dtype, self._device)
+        return self.graph.add_placeholder("shard", bucket.name, value)
+
+    def _state(self, bucket: Bucket, kind: str, name: str, numel: int) -> fx.Node:
+        dtype = self.graph.precision.master(bucket.dtype)
+        return self.graph.add_placeholder(kind, name, self.graph.fake(numel, dtype, self._device))
+
+    def _refresh(self, insert: Inserter, buckets: list[Bucket]) -> None:
+        """At stages 1 and 2 every rank takes the others' updated slices into its full buckets."""
+        if self.graph.stage not in (1, 2):
+            return
+        started = []
+        for bucket in buckets:
+            full = self.graph.placeholder("full", bucket.name)
+            own = self._own(bucket)
+            started.append(insert(ops.refresh, full, own, bucket.name, self.graph.world))
+        for node in started:
+            insert(ops.wait, node)
+
+    @property
+    def _device(self) -> torch.device:
+        return cast(torch.Tensor, self.graph.outputs("backward")[0].meta["val"]).device  # type: ignore[union-attr]

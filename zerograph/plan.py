@@ -1,0 +1,236 @@
+"""Plan: the rewritten graph of one training step, with what it costs. No ranks, no GPU, no weights.
+
+    plan = zerograph.plan(model, config, example_inputs=batch, world_size=1024)
+    print(plan)                  canonical text
+    plan.history["gather"]       the text after a pass
+    plan.memory, plan.traffic    predicted, per rank
+    print(plan.diff(other))
+
+For the same model, inputs, config, world size and device it is byte for byte `engine.plan`.
+"""
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from zerograph import pipeline
+from zerograph.codegen.optimizers import RULES, Rule
+from zerograph.config import ZeroConfig, load_config
+from zerograph.cost import Memory, Traffic, collective_bytes, memory_of, name_of, traffic_of
+from zerograph.errors import PlanError
+from zerograph.ir import Region, TrainGraph, is_call
+from zerograph.layout import Layout, layout_of
+from zerograph.ops import COLLECTIVES
+from zerograph.passes import (
+    Gather,
+    Normalize,
+    Reduce,
+    Release,
+    Schedule,
+    Shard,
+    Specialize,
+    Update,
+)
+from zerograph.passes.lower import Lower, Program
+from zerograph.pipeline import History
+from zerograph.precision import precision_of, short
+from zerograph.text import size, text
+from zerograph.trace import Trace, trace
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """The config's optimizer: its rule and the options of each parameter group."""
+
+    rule: Rule
+    groups: tuple[Mapping[str, Any], ...]
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Names of the state slices; a group with momentum decides for all."""
+        return max((self.rule.states(group) for group in self.groups), key=len)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A planned training step. Immutable; `str` is its canonical text."""
+
+    graph: TrainGraph
+    history: History
+    config: ZeroConfig
+    optimizer: OptimizerSpec | None
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def text(self, *, skeleton: bool = False) -> str:
+        """The canonical text; the skeleton folds runs of aten ops."""
+        return text(self.graph, self.history.names()[-1], skeleton=skeleton)
+
+    @cached_property
+    def memory(self) -> Memory:
+        """Predicted bytes on one rank."""
+        return memory_of(self.graph)
+
+    @cached_property
+    def traffic(self) -> dict[str, Traffic]:
+        """Collectives of one step by kind, with the bytes of their full buffers."""
+        return traffic_of(self.graph)
+
+    @property
+    def advisory(self) -> tuple[str, ...]:
+        """Config keys that were given, and that only advise or match what happens anyway."""
+        return self.config.advisory()
+
+    def signature(self) -> list[str]:
+        """The ordered collectives, one line each: what all ranks must agree on."""
+        lines = []
+        for node in self.graph.nodes():
+            if is_call(node, *COLLECTIVES):
+                bucket = next((a for a in node.args if isinstance(a, str)), "-")
+                value = node.meta["val"]
+                kind = f"{node.meta['region']} {name_of(node)} {bucket}"
+                lines.append(f"{kind} {collective_bytes(node)} bytes {short(value.dtype)}")
+        return lines
+
+    def program(self, region: Region, group: str = "dp") -> Program:
+        """One region lowered to collectives, aten ops and kernels."""
+        return Lower(group).program(self.graph, region)
+
+    def diff(self, other: "Plan", *, skeleton: bool = False) -> str:
+        """A unified diff from this plan's text to `other`'s; empty if they are the same."""
+        before = self.text(skeleton=skeleton).splitlines()
+        after = other.text(skeleton=skeleton).splitlines()
+        return "\n".join(difflib.unified_diff(before, after, "before", "after", lineterm=""))
+
+    def short(self) -> str:
+        """A few lines for a person: buckets, collectives, memory, and what the config advises."""
+        memory, layout = self.memory, self.graph.layout
+        count = sum(p.numel for p in layout.params.values())
+        lines = [
+            f"{self.graph.model}: {count:,} parameters in {len(layout.buckets)} buckets, "
+            f"ZeRO stage {self.graph.stage}, {self.graph.world} ranks",
+            f"precision: {self.graph.precision.describe()}",
+            *(
+                f"{name:<16} {t.count:>4} a step, {size(t.nbytes)}"
+                for name, t in self.traffic.items()
+            ),
+            f"memory per rank  parameters {size(memory.parameters)}, gradients "
+            f"{size(memory.gradients)}, optimizer {size(memory.optimizer)}, gathered at most "
+            f"{size(memory.gathered)}, saved for backward {size(memory.saved)}, "
+            f"peak {size(memory.peak)}",
+            *(f"advises: {line}" for line in self.advisory),
+        ]
+        return "\n".join(lines)
+
+
+def plan(
+    model: nn.Module,
+    config: Mapping[str, Any] | str | os.PathLike[str] | ZeroConfig,
+    *,
+    example_inputs: Any,
+    world_size: int = 1,
+    device: str | torch.device = "cpu",
+    param_groups: Sequence[Mapping[str, Any]] | None = None,
+    arriving: Sequence[str] | None = None,
+) -> Plan:
+    """Plan one training step of `model` under `config` for `world_size` ranks.
+
+    `example_inputs` is a mapping (keyword arguments), a tuple or list (positional ones) or one
+    tensor; only shapes, strides and dtypes are read. Model and inputs may be on the meta device; they are
+    traced as fake tensors of `device`. `arriving` names the outputs whose gradients the backward is
+    for; by default the loss alone, if there is one. Under `torch.no_grad()` the plan has no backward.
+
+    Raises ConfigError, CaptureError or PlanError.
+    """
+    loaded = load_config(config)
+    loaded.batch(world_size)
+    precision = precision_of(model, loaded)
+    layout = layout_of(model, world_size, precision, param_groups)
+    args, kwargs = call_of(example_inputs)
+    traced = trace(
+        model, args, kwargs, layout=layout, precision=precision, device=torch.device(device)
+    )
+    return plan_of(traced, loaded, arriving)
+
+
+def call_of(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The (args, kwargs) of a call with `example_inputs`."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
+def plan_of(traced: Trace, config: ZeroConfig, arriving: Sequence[str] | None = None) -> Plan:
+    """Run the passes on a copy of a traced graph."""
+    graph = traced.graph.copy()
+    if arriving is None:
+        arriving = default_arriving(graph)
+    spec = optimizer_of(config, graph.layout)
+    history = pipeline.run(graph, passes_for(config, graph, tuple(arriving), spec))
+    return Plan(graph, history, config, spec)
+
+
+def default_arriving(graph: TrainGraph) -> tuple[str, ...]:
+    """The loss, if the model returns one: an output so named, or a scalar as the first output."""
+    names = [r.name for r in graph.results if r.differentiable]
+    losses = [n for n in names if n.rpartition(".")[2] == "loss"]
+    if losses:
+        return tuple(losses)
+    first = next((n for n in graph.outputs("forward") if n is not None), None)
+    if names and first is not None and first.meta["val"].dim() == 0 and names[0] == graph.results[0].name:
+        return (names[0],)
+    return tuple(names)
+
+
+def passes_for(
+    config: ZeroConfig, graph: TrainGraph, arriving: tuple[str, ...], spec: OptimizerSpec | None
+) -> list[pipeline.Pass]:
+    """The pipeline. Stages differ in what each pass inserts, not in which passes run."""
+    zero = config.zero_optimization
+    max_live = zero.stage3_max_live_parameters
+    graph.notes["max_live"] = max_live
+    return [
+        Normalize(),
+        Specialize(arriving),
+        Shard(zero.stage),
+        Gather(zero.stage3_max_reuse_distance),
+        Release(),
+        Reduce(config.batch(graph.world).accumulation),
+        Update(
+            rule=spec.rule.name if spec else "",
+            states=spec.states if spec else (),
+            scalars=len(spec.rule.scalars) if spec else 0,
+            max_norm=config.gradient_clipping,
+        ),
+        Schedule(prefetch=zero.stage3_prefetch_bucket_size, max_live=max_live),
+    ]
+
+
+def optimizer_of(config: ZeroConfig, layout: Layout) -> OptimizerSpec | None:
+    """The optimizer that the config names, with each group's options; None without one."""
+    if config.optimizer is None:
+        return None
+    kind = config.optimizer.type.lower()
+    decoupled = getattr(config.optimizer, "decoupled", False)
+    rule = RULES["adamw" if decoupled else kind]
+    given = config.optimizer.params.model_dump()
+    base = {name: given.get(name, default) for name, default in rule.defaults.items()}
+    for index, group in enumerate(layout.groups):
+        unknown = sorted(set(group) - set(base) - {"name", "initial_lr"})
+        if unknown:
+            raise PlanError(
+                f"parameter group {index} sets {', '.join(unknown)}, which {rule.name} does not "
+                f"have; it has {', '.join(base)}"
+            )
+    return OptimizerSpec(rule, tuple({**base, **group} for group in layout.groups))
+
+

@@ -1,0 +1,102 @@
+"""The precision policy: which dtype each value of a training step has.
+
+fp32 (the default)   parameters, gradients and optimizer states are float32
+bf16.enabled         parameters and activations bf16; gradients are reduced in bf16 and accumulated
+                     in fp32; the optimizer works on fp32 master shards (ZeRO section 3.1's
+                     "mixed precision": 2 + 2 + 12 bytes a parameter, here 2 + 4 + 12, since
+                     gradients are kept in fp32)
+
+The policy is decided once, from the config and the module, and printed with every plan.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from zerograph.config import ZeroConfig
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What dtype a step computes, reduces, accumulates and updates in."""
+
+    compute: torch.dtype | None
+    """Dtype that trainable and frozen floating parameters are cast to; None keeps the model's."""
+    pinned: frozenset[str]
+    """Parameters that keep float32 although `compute` is lower."""
+
+    def parameter(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which parameter `name`, stored as `dtype` in the model, is gathered."""
+        if self.compute is None or not dtype.is_floating_point:
+            return dtype
+        return torch.float32 if name in self.pinned else self.compute
+
+    def input(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype to which a tensor input of `dtype` is cast before the forward."""
+        if self.compute is None or not dtype.is_floating_point:
+            return dtype
+        return self.compute
+
+    def reduce(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which gradients of a bucket of `dtype` are reduced over ranks."""
+        return dtype
+
+    def accumulate(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which gradients are kept between backward and step."""
+        return torch.float32 if dtype.itemsize < 4 else dtype
+
+    def master(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of the shard that the optimizer updates."""
+        return self.accumulate(dtype)
+
+    def describe(self) -> str:
+        """One line for the head of a plan."""
+        if self.compute is None:
+            return "as the model; gradients and optimizer states at least fp32"
+        pinned = f", {len(self.pinned)} parameters pinned to fp32" if self.pinned else ""
+        return f"{short(self.compute)} compute and reduce, fp32 accumulation and master{pinned}"
+
+
+_SHORT = {
+    torch.float64: "f64",
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "b8",
+    torch.complex64: "c64",
+    torch.complex128: "c128",
+}
+
+
+def short(dtype: torch.dtype) -> str:
+    """The dtype's name in canonical text: `f32`, `bf16`, `i64`."""
+    return _SHORT.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def precision_of(model: nn.Module, config: ZeroConfig) -> Precision:
+    """The policy that `config` asks for on `model`."""
+    if not config.bf16.enabled:
+        return Precision(None, frozenset())
+    return Precision(torch.bfloat16, frozenset(_pinned(model)))
+
+
+def _pinned(model: nn.Module) -> Iterator[str]:
+    """Parameters kept in fp32 under bf16.
+
+    BatchNorm, whose running statistics are fp32 and whose kernels refuse a lower dtype beside them,
+    and what a transformers model lists in `_keep_in_fp32_modules_strict`.
+    """
+    strict = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    for module_name, module in model.named_modules():
+        batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        listed = any(part in strict for part in module_name.split("."))
+        if batch_norm or listed:
+            for name, _ in module.named_parameters(prefix=module_name, recurse=listed):
+                yield name

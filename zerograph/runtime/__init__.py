@@ -1,0 +1,1 @@
+"""What runs: ranks, flat storage, programs. Nothing here decides what the graph does."""

@@ -1,0 +1,87 @@
+"""Agreement of ranks, before a collective that would otherwise hang.
+
+Each rank puts its signature (ordered lines) into the process group's key-value store; rank 0 compares
+them and posts a verdict that everybody reads. A difference is an error on every rank, and names the
+first line that differs and both ranks. Nothing here is a collective.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import count, zip_longest
+
+import torch.distributed as dist
+
+from zerograph import compat
+from zerograph.errors import AgreementError
+from zerograph.runtime.world import World
+
+_engines = count()
+
+
+@dataclass
+class Agreement:
+    """The agreements of one engine, in order; the same engine on all ranks."""
+
+    world: World
+    timeout: timedelta = timedelta(minutes=5)
+    engine: int = field(default_factory=lambda: next(_engines))
+    _rounds: int = 0
+    _agreed: set[str] = field(default_factory=set)
+
+    def agree(self, what: str, signature: Sequence[str]) -> None:
+        """Return once all ranks have the same `signature`; raise AgreementError on all otherwise.
+
+        A signature that was agreed before is known to be the same everywhere, and costs nothing.
+        """
+        text = "\n".join((what, *signature))
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        if digest in self._agreed or self.world.size == 1:
+            self._agreed.add(digest)
+            return
+        prefix = f"zerograph/{self.engine}/{self._rounds}"
+        self._rounds += 1
+        store = compat.default_store()
+        store.set(f"{prefix}/text/{self.world.rank}", text)
+        store.set(f"{prefix}/digest/{self.world.rank}", digest)
+        if self.world.rank == 0:
+            store.set(f"{prefix}/verdict", self._compare(store, prefix, text, digest))
+        verdict = self._read(store, f"{prefix}/verdict", 0, what)
+        if verdict != "agreed":
+            raise AgreementError(verdict)
+        self._agreed.add(digest)
+
+    def _compare(self, store: dist.Store, prefix: str, text: str, digest: str) -> str:
+        for rank in range(1, self.world.size):
+            try:
+                theirs = self._read(store, f"{prefix}/digest/{rank}", rank, text.split("\n")[0])
+            except AgreementError as missing:
+                return str(missing)
+            if theirs != digest:
+                other = store.get(f"{prefix}/text/{rank}").decode()
+                return first_difference(0, text.split("\n"), rank, other.split("\n"))
+        return "agreed"
+
+    def _read(self, store: dist.Store, key: str, rank: int, what: str) -> str:
+        try:
+            store.wait([key], self.timeout * (2 if key.endswith("verdict") else 1))
+        except (RuntimeError, ValueError) as error:
+            raise AgreementError(
+                f"rank {rank} did not reach the agreement on {what} within "
+                f"{self.timeout.total_seconds():.0f} s: it failed, or runs another kind of step"
+            ) from error
+        return store.get(key).decode()
+
+
+def first_difference(one: int, mine: Sequence[str], other: int, theirs: Sequence[str]) -> str:
+    """A message that names the first line in which two signatures differ."""
+    pairs = zip_longest(mine, theirs, fillvalue="(nothing)")
+    index, (left, right) = next((i, p) for i, p in enumerate(pairs) if p[0] != p[1])
+    where = "what is compared" if index == 0 else f"entry {index} of {mine[0]}"
+    return (
+        f"ranks {one} and {other} differ in {where}:\n"
+        f"  rank {one}: {left}\n"
+        f"  rank {other}: {right}\n"
+        "all ranks must run the same model, config and kind of step, in the same order"
+    )

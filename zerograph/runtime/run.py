@@ -1,0 +1,175 @@
+"""Running the programs of one captured call, as one autograd node.
+
+    forward program   inputs, buffers, parameters            ->  results, saved values
+    backward program  saved values, gradients, parameters    ->  kept gradients, input gradients
+
+The backward program is made for the gradients that arrive, at the first backward with them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from zerograph import compat
+from zerograph.errors import ZerographError
+from zerograph.ir import Role, role_of
+from zerograph.passes.lower import Program
+from zerograph.plan import Plan
+from zerograph.runtime.state import State
+from zerograph.trace import Trace
+
+
+@dataclass
+class Compiled:
+    """What one kind of call runs: its forward, and a backward for each set of arriving gradients."""
+
+    traced: Trace
+    plan: Plan
+    forward: Program
+    make_plan: Callable[[tuple[str, ...]], Plan]
+    """Plans the step for other arriving gradients, agreeing with the other ranks."""
+    group: str
+    backwards: dict[tuple[str, ...], tuple[Plan, Program]] = field(default_factory=dict)
+
+    def backward(self, arriving: tuple[str, ...]) -> tuple[Plan, Program]:
+        if arriving not in self.backwards:
+            planned = arriving == _arriving(self.plan)
+            plan = self.plan if planned else self.make_plan(arriving)
+            self.backwards[arriving] = (plan, plan.program("backward", self.group))
+        return self.backwards[arriving]
+
+
+def _arriving(plan: Plan) -> tuple[str, ...]:
+    """The outputs whose gradients a plan's backward takes, in the order of the results."""
+    names = {role_of(node).name for node in plan.graph.placeholders("tangent")}
+    return tuple(r.name for r in plan.graph.results if r.name in names and r.differentiable)
+
+
+@dataclass
+class Runner:
+    """Runs compiled calls on one engine's state."""
+
+    module: nn.Module
+    state: State
+    received: Callable[[Plan], None]
+    """Told the plan of every backward that ran."""
+    anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
+    """An input that requires grad, so that autograd always has a reason to come back."""
+
+    def __call__(self, compiled: Compiled, tensors: Sequence[Tensor]) -> Any:
+        """The model's return value for a call whose tensors are `tensors`."""
+        inputs = [tensors[index] for index in compiled.traced.inputs]
+        if compiled.plan.graph.training:
+            results = _Step.apply(self, compiled, self.anchor, *inputs)  # type: ignore[no-untyped-call]
+        else:
+            results, _ = self.forward(compiled, inputs)
+        values = {"result": results, "input": tensors, "buffer": _Buffers(self.module)}
+        picked = [values[kind][where] for kind, where in compiled.traced.sources]  # type: ignore[index]
+        return compiled.traced.rebuild(picked)
+
+    def forward(
+        self, compiled: Compiled, inputs: Sequence[Tensor]
+    ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        """(results in the order of the graph's outputs, saved values); buffers are updated."""
+        graph = compiled.plan.graph
+        by_name = dict(zip((role_of(n).name for n in graph.placeholders("input")), inputs))
+        values = [self._input(role, compiled, by_name) for role in compiled.forward.inputs]
+        returned = compiled.forward.module(values)
+        count = compiled.forward.outputs
+        results, saved = returned[:count], list(returned[count:])
+        kept = []
+        for entry, value in zip(graph.results, results, strict=True):
+            if entry.kind == "output":
+                kept.append(value)
+            elif entry.kind == "update":
+                self.module.get_buffer(entry.name).copy_(value)
+            else:
+                by_name[entry.name].copy_(value)
+        return tuple(kept), saved
+
+    def backward(
+        self, compiled: Compiled, saved: dict[str, Tensor], gradients: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Run the backward for `gradients`; keeps the parameters', answers the inputs'."""
+        order = [r.name for r in compiled.plan.graph.results if r.name in gradients]
+        plan, program = compiled.backward(tuple(order))
+        expected = {role_of(n).name: n.meta["val"] for n in plan.graph.placeholders("tangent")}
+        gradients = {name: _as(g, expected[name]) for name, g in gradients.items()}
+        values: list[Tensor | None] = []
+        for role in program.inputs:
+            source = {"saved": saved, "tangent": gradients}.get(role.kind)
+            values.append(self.state.resolve(role) if source is None else source[role.name])
+        saved.clear()
+        gradients.clear()
+        returned = program.module(values)
+        answers: dict[str, Tensor] = {}
+        for entry, value in zip(plan.graph.gradients, returned, strict=True):
+            if entry.kind == "kept":
+                self.state.storages[entry.name].kept = value
+            else:
+                answers[entry.name] = value
+        self.received(plan)
+        return answers
+
+    def _input(self, role: Role, compiled: Compiled, inputs: dict[str, Tensor]) -> Tensor | None:
+        if role.kind == "input":
+            return inputs[role.name]
+        if role.kind == "buffer":
+            return self.module.get_buffer(role.name)
+        if role.kind == "constant":
+            return compiled.traced.constants[role.name]
+        return self.state.resolve(role)
+
+
+class _Buffers:
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._module.get_buffer(name)
+
+
+def _as(gradient: Tensor, expected: Tensor) -> Tensor:
+    """A gradient in the dtype and strides that the backward was captured for."""
+    if gradient.stride() == expected.stride() and gradient.dtype == expected.dtype:
+        return gradient
+    shape, stride = tuple(map(int, expected.shape)), tuple(map(int, expected.stride()))
+    made = torch.empty_strided(shape, stride, dtype=expected.dtype, device=gradient.device)
+    return made.copy_(gradient)
+
+
+class _Step(torch.autograd.Function):
+    """The autograd node. `apply(runner, compiled, anchor, *inputs)` answers the results."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, runner: Runner, compiled: Compiled, anchor: Tensor, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        results, saved = runner.forward(compiled, inputs)
+        ctx.runner, ctx.compiled = runner, compiled
+        ctx.save_for_backward(*saved)
+        ctx.set_materialize_grads(False)
+        entries = [r for r in compiled.plan.graph.results if r.kind == "output"]
+        fixed = [v for r, v in zip(entries, results) if not r.differentiable]
+        ctx.mark_non_differentiable(*fixed)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise ZerographError(
+                "backward(create_graph=True) is not supported: the captured backward is not itself "
+                "differentiable; compute the first gradient with the original model"
+            )
+        compiled: Compiled = ctx.compiled
+        graph = compiled.plan.graph
+        saved = dict(zip(compiled.forward.saved, ctx.saved_tensors, strict=True))
+        compat.clear_saved(ctx)
+        entries = [r for r in graph.results if r.kind == "output"]
+        arrived = {r.name: g for r, g in zip(entries, gradients, strict=True) if g is not None}
+        answers = ctx.runner.backward(compiled, saved, cast(dict[str, Tensor], arrived))
+        names = [role_of(node).name for node in graph.placeholders("input")]
+        return (None, None, None, *(answers.get(name) for name in names))

@@ -1,0 +1,79 @@
+"""World: this process's rank, device and process group."""
+
+import atexit
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from zerograph.errors import PlanError
+
+
+@dataclass(frozen=True)
+class World:
+    """Data-parallel ranks. Without torch.distributed it is one process."""
+
+    rank: int
+    size: int
+    device: torch.device
+    group: dist.ProcessGroup | None
+
+    @property
+    def group_name(self) -> str:
+        """The group's name as functional collectives know it."""
+        return str(self.group.group_name) if self.group is not None else "alone"
+
+    def broadcast(self, tensor: torch.Tensor, source: int = 0) -> None:
+        """Overwrite `tensor` with rank `source`'s, in place."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=source, group=self.group)
+
+    def all_gather(self, shard: torch.Tensor) -> torch.Tensor:
+        """All ranks' shards [n] concatenated in rank order [size * n]."""
+        if self.size == 1:
+            return shard.clone()
+        full = shard.new_empty(shard.numel() * self.size)
+        dist.all_gather_into_tensor(full, shard.contiguous(), group=self.group)
+        return full
+
+    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The mean of `tensor` over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.group)
+            tensor.div_(self.size)
+        return tensor
+
+
+def init_distributed(backend: str | None = None, timeout: timedelta | None = None) -> None:
+    """Join the process group that torchrun describes in the environment; once, or not at all.
+
+    `backend` is "nccl" where CUDA is available and "gloo" elsewhere, unless given. Without torchrun's
+    variables, or when a group exists already, this does nothing.
+    """
+    if dist.is_initialized() or "RANK" not in os.environ:
+        return
+    if int(os.environ.get("WORLD_SIZE", "1")) < 1:
+        raise PlanError(f"WORLD_SIZE must be at least 1, got {os.environ['WORLD_SIZE']}")
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group(backend or ("nccl" if cuda else "gloo"), timeout=timeout)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def current_world(device: str | torch.device | None = None) -> World:
+    """The world of this process, joining the process group if torchrun started it."""
+    init_distributed()
+    if device is None:
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+    chosen = torch.device(device)
+    if not dist.is_initialized():
+        return World(0, 1, chosen, None)
+    return World(dist.get_rank(), dist.get_world_size(), chosen, dist.group.WORLD)

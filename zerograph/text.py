@@ -1,0 +1,273 @@
+"""Canonical text: a TrainGraph as lines that a person can read, diff and keep as a golden.
+
+Values of aten ops are numbered in order; zero.* values carry their bucket's or parameter's name, so that a
+gather more or less renumbers nothing. One node a line, keyword arguments sorted, no paths, ids, times,
+ranks or names that torch made up. The summary comes last. The skeleton form folds runs of aten ops.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from zerograph import ops
+from zerograph.cost import collective_bytes, memory_of, nbytes, traffic_of
+from zerograph.ir import REGIONS, Region, TrainGraph, is_call, map_tensors, module_of, role_of
+from zerograph.precision import short
+
+VERSION = 1
+_ARGUMENTS: dict[Region, tuple[str, ...]] = {
+    "forward": ("input", "buffer", "constant"),
+    "backward": ("tangent",),
+    "step": ("hyper", "used"),
+}
+_DROPPED = ("device", "layout", "pin_memory")
+
+
+def text(graph: TrainGraph, after: str, *, skeleton: bool = False) -> str:
+    """The canonical text of `graph` after the pass named `after`."""
+    names = _names(graph)
+    lines = [
+        f"# zerograph {VERSION} | {graph.model} | stage {graph.stage} | world {graph.world} "
+        f"| after {after}",
+        f"precision  {graph.precision.describe()}",
+        *_buckets(graph),
+    ]
+    for region in REGIONS:
+        nodes = graph.nodes(region)
+        if nodes:
+            lines.append(f"{region}({_arguments(graph, region, names)})")
+            lines += _skeleton(nodes, names) if skeleton else [_line(n, names) for n in nodes]
+            lines += _returns(graph, region, names)
+    lines.append(summary(graph))
+    return "\n".join(lines) + "\n"
+
+
+def summary(graph: TrainGraph) -> str:
+    """The last line: what a step costs a rank."""
+    traffic = traffic_of(graph)
+    memory = memory_of(graph)
+    parts = [f"{name} {t.count} ({size(t.nbytes)})" for name, t in traffic.items()]
+    parts.append(f"states {size(memory.states)}")
+    parts.append(f"gathered {size(memory.gathered)}")
+    parts.append(f"saved {size(memory.saved)}")
+    parts.append(f"peak {size(memory.peak)}")
+    return "summary  " + "  ".join(parts)
+
+
+def size(count: int) -> str:
+    """Bytes with a binary unit: `640 B`, `3.2 MiB`."""
+    value, units = float(count), ("B", "KiB", "MiB", "GiB", "TiB")
+    for unit in units:
+        if value < 1024 or unit == units[-1]:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError
+
+
+def _buckets(graph: TrainGraph) -> Iterator[str]:
+    yield "buckets"
+    buckets = graph.layout.buckets.values()
+    width = max((len(b.block) for b in buckets), default=0)
+    for b in buckets:
+        count = f"{len(b.params)} param{'s' * (len(b.params) != 1)}"
+        frozen = "" if b.trainable else "  frozen"
+        yield (
+            f"  {b.name:<4} {b.block:<{width}}  {count:<10} {short(b.dtype):<5}"
+            f"{b.numel:>12} {b.shard_numel:>10}/rank{frozen}"
+        )
+    if graph.unused:
+        yield f"without gradient  {', '.join(graph.unused)}"
+
+
+# Names
+
+
+def _names(graph: TrainGraph) -> dict[fx.Node, str]:
+    names: dict[fx.Node, str] = {}
+    for node in graph.placeholders():
+        role = role_of(node)
+        names[node] = {
+            "input": f"%{role.name}",
+            "buffer": f"%{role.name}",
+            "constant": f"%{role.name}",
+            "param": f"%{role.name}",
+            "tangent": f"%d_{role.name}",
+            "hyper": "%hyper",
+            "used": "%used",
+            "state": "%" + role.name.replace("/", "."),
+        }.get(role.kind, f"%{role.name}.{role.kind}")
+    count = 0
+    for node in graph.nodes():
+        if ops.is_zero(node.target):
+            names[node] = _zero_name(node, names)
+        else:
+            names[node] = f"%{count}"
+            count += 1
+    return names
+
+
+def _zero_name(node: fx.Node, names: dict[fx.Node, str]) -> str:
+    first = node.args[0]
+    if is_call(node, ops.wait, ops.put):
+        return names[cast(fx.Node, first)]
+    if is_call(node, ops.param):
+        return f"%{node.args[1]}"
+    if is_call(node, ops.grad_norm):
+        return "%norm"
+    if is_call(node, ops.clip):
+        return "%factor"
+    if is_call(node, ops.norm_partials):
+        return "%partial"
+    if is_call(node, ops.gather_partials):
+        return "%partials"
+    if is_call(node, ops.any_rank):
+        return "%used_anywhere"
+    suffix = {
+        ops.gather: "",
+        ops.grad_buffer: ".grad",
+        ops.reduce_scatter: ".mean",
+        ops.all_reduce: ".mean",
+        ops.accumulate: ".sum",
+        ops.refresh: ".full",
+    }.get(cast(Any, node.target), "")
+    return f"%{_bucket_of(node)}{suffix}"
+
+
+def _bucket_of(node: fx.Node) -> str:
+    schema = cast(OpOverload, node.target)._schema
+    index = next((i for i, a in enumerate(schema.arguments) if a.name == "bucket"), None)
+    return "" if index is None else cast(str, node.args[index])
+
+
+# Lines
+
+
+def _line(node: fx.Node, names: dict[fx.Node, str]) -> str:
+    if ops.is_zero(node.target):
+        body = _zero_line(node, names)
+        note = size(collective_bytes(node)) if is_call(node, *ops.COLLECTIVES) else ""
+    else:
+        body = f"{names[node]}: {_type(node)} = {_call(node, names)}"
+        note = module_of(node)
+    return f"  {body:<68}  # {note}" if note else f"  {body}"
+
+
+def _zero_line(node: fx.Node, names: dict[fx.Node, str]) -> str:
+    target = f"zero.{cast(OpOverload, node.target)._schema.name.partition('::')[2]}"
+    name, args = names[node], node.args
+    first = _value(args[0], names)
+    if is_call(node, ops.gather):
+        return f"{name} = {target} {args[1]}"
+    if is_call(node, ops.wait, ops.release):
+        return f"{target} {first}"
+    if is_call(node, ops.param):
+        return f"{name}: {_type(node)} = {target} {first}"
+    if is_call(node, ops.put):
+        return f'{target} {first}, {_value(args[1], names)} "{args[2]}"'
+    if is_call(node, ops.grad_buffer):
+        return f"{name}: {_type(node)} = {target} {args[1]}"
+    if is_call(node, ops.update):
+        return f"{target}.{args[8]} {_update_arguments(node, names)}"
+    shown = [a for a in args if not isinstance(a, str) and a != _hidden(node)]
+    return f"{name}: {_type(node)} = {target} {', '.join(_value(a, names) for a in shown)}"
+
+
+def _hidden(node: fx.Node) -> object:
+    """The world size, which the heading says, and a weight of one, which changes nothing."""
+    if is_call(node, *ops.COLLECTIVES):
+        return node.args[-1]
+    return 1.0 if is_call(node, ops.accumulate) else None
+
+
+def _update_arguments(node: fx.Node, names: dict[fx.Node, str]) -> str:
+    master, grad, state, low, hyper, used, factor = node.args[:7]
+    parts = [_value(master, names), _value(grad, names), _value(state, names)]
+    parts += [f"low={_value(low, names)}"] if low is not None else []
+    parts += [_value(hyper, names), _value(used, names)]
+    parts += [f"factor={_value(factor, names)}"] if factor is not None else []
+    return ", ".join(parts)
+
+
+def _call(node: fx.Node, names: dict[fx.Node, str]) -> str:
+    if node.op == "get_attr":
+        return "constant"
+    args = [_value(a, names) for a in node.args]
+    if _target(node) == "getitem":
+        return f"{args[0]}[{args[1]}]"
+    kwargs = {k: v for k, v in node.kwargs.items() if k not in _DROPPED and v is not None}
+    args += [f"{k}={_value(kwargs[k], names)}" for k in sorted(kwargs)]
+    return f"{_target(node)}({', '.join(args)})"
+
+
+def _target(node: fx.Node) -> str:
+    target: Any = node.target
+    if isinstance(target, OpOverload):
+        base = target._schema.name.replace("::", ".")
+        return base if target._overloadname == "default" else f"{base}.{target._overloadname}"
+    return str(getattr(target, "__name__", target)) if callable(target) else str(target)
+
+
+def _value(value: Any, names: dict[fx.Node, str]) -> str:
+    if isinstance(value, fx.Node):
+        return names[value]
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_value(v, names) for v in value)}]"
+    if isinstance(value, torch.dtype):
+        return short(value)
+    if isinstance(value, torch.memory_format):
+        return str(value).removeprefix("torch.")
+    return repr(value)
+
+
+def _type(node: fx.Node) -> str:
+    types = map_tensors(node.meta.get("val"), _tensor_type)
+    if len(types) == 1 and isinstance(node.meta["val"], torch.Tensor):
+        return str(types[0])
+    return f"({', '.join(types)})" if types else "none"
+
+
+def _tensor_type(tensor: torch.Tensor) -> str:
+    return f"{short(tensor.dtype)}[{','.join(str(int(s)) for s in tensor.shape)}]"
+
+
+def _arguments(graph: TrainGraph, region: Region, names: dict[fx.Node, str]) -> str:
+    kinds = _ARGUMENTS[region]
+    found = [n for n in graph.placeholders() if role_of(n).kind in kinds and n.users]
+    found.sort(key=lambda n: (kinds.index(role_of(n).kind), role_of(n).name))
+    return ", ".join(f"{names[n]}: {_type(n)}" for n in found)
+
+
+def _returns(graph: TrainGraph, region: Region, names: dict[fx.Node, str]) -> list[str]:
+    """What leaves a region, by name; and how much the forward saves."""
+    values = graph.outputs(region)
+    entries: Sequence[Any] = graph.results if region == "forward" else graph.gradients
+    labels = [f"{_label(e)}={names[n]}" for e, n in zip(entries, values) if n is not None]
+    if region == "step":
+        labels = [f"norm={names[n]}" for n in values if n is not None]
+    lines = [f"  return {', '.join(labels)}"] if labels else []
+    saved = [n for n in graph.outputs("saved") if n is not None]
+    if region == "forward" and saved:
+        lines.append(f"  save {len(saved)} values  # {size(sum(map(nbytes, saved)))}")
+    return lines
+
+
+def _label(entry: Any) -> str:
+    prefix = {"update": "new ", "input_update": "new ", "param": "grad ", "input": "grad "}
+    return prefix.get(entry.kind, "") + str(entry.name)
+
+
+def _skeleton(nodes: list[fx.Node], names: dict[fx.Node, str]) -> list[str]:
+    """zero.* lines with runs of aten ops between them folded; values of aten ops have no number."""
+    lines: list[str] = []
+    folded = {n: ("%_" if not ops.is_zero(n.target) and n.op != "placeholder" else v) for n, v in names.items()}
+    aten = False
+    for node in nodes:
+        if ops.is_zero(node.target):
+            lines.append(_line(node, folded))
+        elif not aten:
+            lines.append("  ...")
+        aten = not ops.is_zero(node.target)
+    return lines

@@ -1,0 +1,372 @@
+"""Capture: a model and example inputs become one joint graph, on fake tensors.
+
+    model(input_ids=..., labels=...)
+      | every parameter, buffer and input replaced by a fake one      `substituted`
+      | dynamo: one flat graph of the forward                         `compat.capture`
+      | AOTAutograd: forward and backward together, in aten           `compat.export_joint`
+      v roles, results and gradients by name                          `TrainGraph`
+
+Nothing here touches a real tensor or a rank. Models on the meta device are traced as fake tensors
+of a named device, never as meta: on meta the backward of some losses is lost without a word.
+"""
+
+import linecache
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+
+from zerograph import compat, ir
+from zerograph.errors import CaptureError
+from zerograph.ir import Gradient, Result, Role, TrainGraph
+from zerograph.layout import Layout
+from zerograph.precision import Precision
+from zerograph.template import Rebuild, dissect
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A captured step: the graph, and how to go between it and the user's call."""
+
+    graph: TrainGraph
+    inputs: tuple[int, ...]
+    """For each "input" placeholder, in order: index into the tensors of (args, kwargs)."""
+    constants: dict[str, torch.Tensor]
+    """Tensors that the module's code captured, by the name of their placeholder's role."""
+    rebuild: Rebuild
+    """Makes the user's return value from `sources`' tensors."""
+    sources: tuple[tuple[str, int | str], ...]
+    """Where each tensor of the return value comes from: ("result", index), ("input", index into the
+    call's tensors) or ("buffer", FQN)."""
+
+
+def trace(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    layout: Layout,
+    precision: Precision,
+    device: torch.device,
+) -> Trace:
+    """Trace one call under the grad and autocast modes in force.
+
+    Raises CaptureError, with the user's own source line, for what cannot be captured whole.
+    """
+    mode = compat.new_fake_mode()
+    with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
+        params, buffers = _fake_state(model, layout, mode, device)
+        tensors, rebuild_call = dissect((args, kwargs))
+        fakes = _fake_inputs([tensor for _, tensor in tensors], precision, mode, device)
+        fake_args, fake_kwargs = rebuild_call(fakes)
+        with substituted(model, {**params, **buffers}), _errors(model):
+            captured = compat.capture(model, fake_args, fake_kwargs)
+            returned, rebuild = dissect(captured.rebuilt)
+            joint = compat.export_joint(captured)
+    paths = [_call_path(path, model, len(args)) for path, _ in tensors]
+    names = _Names(
+        params={id(t): n for n, t in params.items() if n in layout.params},
+        buffers={id(t): n for n, t in buffers.items()},
+        inputs={id(t): i for i, t in reversed(list(enumerate(fakes)))},
+        paths=paths,
+    )
+    return _trace_of(model, joint, captured, returned, rebuild, names, layout, precision)
+
+
+@dataclass
+class _Names:
+    """What the fake tensors stand for, by identity."""
+
+    params: dict[int, str]
+    buffers: dict[int, str]
+    inputs: dict[int, int]
+    paths: list[str]
+
+    def role(self, tensor: torch.Tensor, constants: dict[str, torch.Tensor]) -> Role:
+        key = id(tensor)
+        if key in self.params:
+            return Role("param", self.params[key])
+        if key in self.buffers:
+            return Role("buffer", self.buffers[key])
+        if key in self.inputs:
+            return Role("input", self.paths[self.inputs[key]])
+        name = f"c{len(constants)}"
+        constants[name] = tensor
+        return Role("constant", name)
+
+
+def _trace_of(
+    model: nn.Module,
+    joint: fx.GraphModule,
+    captured: compat.Captured,
+    returned: list[tuple[str, torch.Tensor]],
+    rebuild: Rebuild,
+    names: _Names,
+    layout: Layout,
+    precision: Precision,
+) -> Trace:
+    """Name everything in the joint graph, and set its output in sections."""
+    constants: dict[str, torch.Tensor] = {}
+    roles = [names.role(tensor, constants) for tensor in captured.inputs]
+    index_of = {id(tensor): index for index, tensor in reversed(list(enumerate(captured.outputs)))}
+    path_of: dict[int, str] = {}
+    sources: list[tuple[str, int | str]] = []
+    for path, tensor in returned:
+        source = _source(tensor, index_of, names, path)
+        sources.append(source)
+        if source[0] == "result":
+            path_of.setdefault(cast(int, source[1]), path or "output")
+    placeholders = joint.graph.find_nodes(op="placeholder")
+    differentiable = set()
+    for node in placeholders:
+        desc = node.meta["desc"]
+        if isinstance(desc, compat.TangentAOTInput):
+            index = _plain_output(desc.output)
+            differentiable.add(index)
+            node.meta["role"] = Role("tangent", path_of.get(index, f"output{index}"))
+        else:
+            node.meta["role"] = roles[desc.idx]
+    results, gradients, forward, backward = _sections(joint, roles, path_of, differentiable)
+    joint.graph.output_node().args = (
+        {"forward": tuple(forward), "saved": (), "backward": tuple(backward), "step": ()},
+    )
+    graph = TrainGraph(
+        module=joint,
+        model=type(model).__name__,
+        layout=layout,
+        precision=precision,
+        results=tuple(results),
+        gradients=tuple(gradients),
+        fake_mode=captured.fake_mode,
+        training=bool(differentiable),
+    )
+    _write_origins(graph)
+    _require_gradients(graph)
+    position = {path: index for index, path in reversed(list(enumerate(names.paths)))}
+    order = tuple(position[ir.role_of(node).name] for node in graph.placeholders("input"))
+    return Trace(graph, order, constants, rebuild, tuple(sources))
+
+
+def _source(
+    tensor: torch.Tensor, index_of: dict[int, int], names: _Names, path: str
+) -> tuple[str, int | str]:
+    key = id(tensor)
+    if key in index_of:
+        return ("result", index_of[key])
+    if key in names.inputs:
+        return ("input", names.inputs[key])
+    if key in names.buffers:
+        return ("buffer", names.buffers[key])
+    what = f"parameter {names.params[key]}" if key in names.params else "a tensor made outside it"
+    raise CaptureError(
+        f"output {path or '0'} of the forward is {what} itself; return a copy (`.clone()`), since "
+        "zerograph owns the storage of parameters"
+    )
+
+
+def _plain_output(desc: Any) -> int:
+    if isinstance(desc, compat.PlainAOTOutput):
+        return desc.idx
+    raise CaptureError(
+        f"the forward changes a tensor that requires grad in place ({desc}); clone it before changing it"
+    )
+
+
+def _sections(
+    joint: fx.GraphModule, roles: list[Role], path_of: dict[int, str], differentiable: set[int]
+) -> tuple[list[Result], list[Gradient], list[Any], list[Any]]:
+    """The joint graph's flat outputs, split into results (with updates) and gradients."""
+    output = joint.graph.output_node()
+    found: list[tuple[Result, Any]] = []
+    gradients: list[Gradient] = []
+    backward: list[Any] = []
+    for node, desc in zip(cast(Any, output.args[0]), output.meta["desc"], strict=True):
+        if isinstance(desc, compat.PlainAOTOutput):
+            name = path_of.get(desc.idx, f"output{desc.idx}")
+            found.append((Result("output", name, desc.idx in differentiable), node))
+        elif isinstance(desc, compat.InputMutationAOTOutput):
+            role = roles[desc.mutated_input.idx]  # type: ignore[attr-defined]
+            if role.kind == "param":
+                raise CaptureError(
+                    f"the forward changes parameter {role.name} in place; use a buffer, or change it "
+                    "inside `zerograph.gathered`"
+                )
+            kind = "input_update" if role.kind == "input" else "update"
+            found.append((Result(kind, role.name), node))
+        elif isinstance(desc, compat.GradAOTOutput):
+            role = roles[desc.grad_of.idx]  # type: ignore[attr-defined]
+            if node is not None:
+                gradients.append(Gradient(role.kind, role.name))
+                backward.append(node)
+    found.sort(key=lambda pair: pair[0].kind != "output")
+    return [r for r, _ in found], gradients, [n for _, n in found], backward
+
+
+def _write_origins(graph: TrainGraph) -> None:
+    """Give every node its region and module, and keep forward nodes before backward ones."""
+    after_tangent: set[fx.Node] = set(graph.placeholders("tangent"))
+    for node in graph.nodes():
+        tagged = node.meta.get("partitioner_tag") == "is_backward"
+        derived = any(source in after_tangent for source in node.all_input_nodes)
+        if derived or (tagged and graph.training):
+            after_tangent.add(node)
+        node.meta["region"] = "backward" if node in after_tangent else "forward"
+        node.meta["module"] = _module_name(node)
+    for result in graph.outputs("forward"):
+        if isinstance(result, fx.Node) and result.op == "call_function":
+            assert ir.region_of(result) == "forward", f"{result} is an output of the forward"
+    for node in graph.nodes("backward"):
+        graph.output.prepend(node)
+
+
+def _module_name(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    last = next(reversed(list(stack.values())), None)
+    if last is None:
+        return ""
+    path = re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", str(last[0]))
+    parts = [p for p in path.split(".") if p and p not in ("L", "self", "_modules")]
+    return ".".join(parts)
+
+
+def _require_gradients(graph: TrainGraph) -> None:
+    """A trainable parameter that a differentiable output depends on must have a gradient."""
+    if not graph.training:
+        return
+    have = {gradient.name for gradient in graph.gradients if gradient.kind == "param"}
+    results = zip(graph.results, graph.outputs("forward"), strict=True)
+    needed: set[fx.Node] = {n for r, n in results if r.differentiable and isinstance(n, fx.Node)}
+    for node in reversed(graph.nodes("forward")):
+        if node in needed and _may_carry_gradient(node):
+            needed.update(node.all_input_nodes)
+    for node in graph.placeholders("param"):
+        name = ir.role_of(node).name
+        if node in needed and graph.layout.params[name].trainable and name not in have:
+            raise CaptureError(
+                f"parameter {name} is trainable and the forward's result depends on it, but no "
+                "gradient reaches it; if that is meant (a no_grad() region), call "
+                "requires_grad_(False) on it or detach() it where it is used"
+            )
+
+
+def _may_carry_gradient(node: fx.Node) -> bool:
+    target: Any = node.target
+    if target in (torch.ops.aten.detach.default, torch.ops.aten.sign.default):
+        return False
+    value = node.meta.get("val")
+    return any(ir.map_tensors(value, lambda t: t.dtype.is_floating_point or t.dtype.is_complex))
+
+
+# Fake stand-ins
+
+
+def _fake_state(
+    model: nn.Module, layout: Layout, mode: compat.FakeTensorMode, device: torch.device
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Fake parameters (in the dtypes of the layout; tied names share one) and buffers, by FQN."""
+    params: dict[str, torch.Tensor] = {}
+    for param in layout.params.values():
+        with mode:
+            value = torch.empty_strided(param.shape, param.stride, dtype=param.dtype, device=device)
+        fake = nn.Parameter(value, requires_grad=_requires_grad(model, param.name))
+        params.update(dict.fromkeys((param.name, *param.tied), fake))
+    buffers: dict[str, torch.Tensor] = {}
+    seen: dict[int, torch.Tensor] = {}
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if id(buffer) not in seen:
+            seen[id(buffer)] = _fake_like(buffer, buffer.dtype, mode, device)
+        buffers[name] = seen[id(buffer)]
+    return params, buffers
+
+
+def _requires_grad(model: nn.Module, name: str) -> bool:
+    return model.get_parameter(name).requires_grad
+
+
+def _fake_like(
+    tensor: torch.Tensor, dtype: torch.dtype, mode: compat.FakeTensorMode, device: torch.device
+) -> torch.Tensor:
+    with mode:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=device)
+
+
+def _fake_inputs(
+    tensors: list[torch.Tensor],
+    precision: Precision,
+    mode: compat.FakeTensorMode,
+    device: torch.device,
+) -> list[torch.Tensor]:
+    """Fake inputs; arguments that are the same tensor stay the same."""
+    made: dict[int, torch.Tensor] = {}
+    for tensor in tensors:
+        if id(tensor) not in made:
+            fake = _fake_like(tensor, precision.input(tensor.dtype), mode, device)
+            made[id(tensor)] = fake.requires_grad_(tensor.requires_grad)
+    return [made[id(tensor)] for tensor in tensors]
+
+
+@contextmanager
+def substituted(model: nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
+    """The model with the named parameters and buffers replaced; they are put back at the end."""
+    replaced: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for name, tensor in tensors.items():
+            owner, _, key = name.rpartition(".")
+            module = model.get_submodule(owner)
+            table = module._parameters if key in module._parameters else module._buffers
+            replaced.append((table, key, table[key]))
+            table[key] = tensor  # type: ignore[assignment]
+        yield
+    finally:
+        for table, key, original in reversed(replaced):
+            table[key] = original
+
+
+def _call_path(path: str, model: nn.Module, positional: int) -> str:
+    """A tensor's name in the call: `labels`, `batch.ids`; positional ones by the forward's names."""
+    kind, _, rest = path.partition(".")
+    if kind == "1":
+        return rest
+    names = model.forward.__code__.co_varnames[1:] if hasattr(model.forward, "__code__") else ()
+    index, _, inner = rest.partition(".")
+    name = names[int(index)] if int(index) < len(names) else f"arg{index}"
+    return f"{name}.{inner}" if inner else name
+
+
+# Errors
+
+
+@contextmanager
+def _errors(model: nn.Module) -> Iterator[None]:
+    """Turn what capture raises into a CaptureError that shows the user's own line."""
+    try:
+        yield
+    except compat.DynamoError as error:
+        raise CaptureError(_explain(model, error)) from error
+
+
+def _explain(model: nn.Module, error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = lines[0] if lines else type(error).__name__
+    said = dict(line.split(": ", 1) for line in lines if ": " in line)
+    detail = said.get("Explanation", "")
+    hint = said.get("Hint", "rewrite it with tensor operations (torch.where, masking), or move it out")
+    return (
+        f"{type(model).__name__}.forward cannot be captured as one graph: {reason}\n"
+        f"{_user_line(error)}"
+        f"  why:    {detail or reason}\n"
+        f"  change: {hint}"
+    )
+
+
+def _user_line(error: Exception) -> str:
+    frames = compat.user_frames(error)
+    if not frames:
+        return ""
+    frame = frames[-1]
+    source = (frame.line or linecache.getline(frame.filename, frame.lineno or 0)).strip()
+    return f"  at:     {frame.filename}:{frame.lineno} in {frame.name}\n            {source}\n"

@@ -3,7 +3,8 @@
 Seen working on torch 2.11, 2.12 and 2.13. What a later torch renames is mended here and nowhere
 else:
 
-    torch._dynamo.functional_export.dynamo_graph_capture_for_export    2.11 - 2.13
+    torch._dynamo.functional_export: dynamo_graph_capture_for_export,  2.11 - 2.13
+        _compiling_state_context
     torch._functorch.aot_autograd.aot_export_joint_with_descriptors    2.11 - 2.13
     torch._functorch._aot_autograd.descriptors                         2.11 - 2.13
     torch._subclasses.fake_tensor.FakeTensorMode                       2.11 - 2.13
@@ -18,12 +19,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import fx, nn
+from torch._dynamo import functional_export
 from torch._dynamo.exc import TorchDynamoException as DynamoError
-from torch._dynamo.functional_export import dynamo_graph_capture_for_export
 from torch._functorch._aot_autograd.descriptors import (
     GradAOTOutput,
     InputMutationAOTOutput,
@@ -76,8 +78,8 @@ class Captured:
 
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
     """Capture `model(*args, **kwargs)` on fake tensors, whole, with no graph break."""
-    with _dynamo_settings():
-        module = dynamo_graph_capture_for_export(model)(*args, **kwargs)
+    with _dynamo_settings(), _not_exporting():
+        module = functional_export.dynamo_graph_capture_for_export(model)(*args, **kwargs)
     flatten, unflatten = module._dynamo_bytecode_flatten, module._dynamo_bytecode_unflatten
     inputs = list(flatten(*args, *kwargs.values()))
     returned = module.graph.output_node().args[0]
@@ -126,6 +128,15 @@ def _export_joint(captured: Captured) -> tuple[fx.GraphModule, list[int]]:
         infos = exported._aot_state.fw_metadata.output_info
         aliased = [i for i, info in enumerate(infos) if info.output_type not in plain]
         return exported.graph_module, aliased
+
+
+def _not_exporting() -> Any:
+    """Let models take the path that they take in training, not the one for `torch.export`.
+
+    The capture sets a flag that transformers reads: attention masks would be made that eager leaves
+    out, with other kernels and other bits.
+    """
+    return mock.patch.object(functional_export, "_compiling_state_context", contextlib.nullcontext)
 
 
 @contextlib.contextmanager

@@ -150,6 +150,7 @@ def _dynamo_settings() -> Iterator[None]:
     }
     with (
         warnings.catch_warnings(),
+        _quiet("torch._subclasses.fake_tensor"),
         config.patch(  # type: ignore[attr-defined]
             assume_static_by_default=True,
             automatic_dynamic_shapes=False,
@@ -161,6 +162,18 @@ def _dynamo_settings() -> Iterator[None]:
     ):
         warnings.filterwarnings("ignore", "While compiling, we found certain side effects")
         yield
+
+
+@contextlib.contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    """Errors that we raise with an explanation of our own are not logged as well."""
+    target = logging.getLogger(logger)
+    level = target.level
+    target.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        target.setLevel(level)
 
 
 def user_frames(error: BaseException) -> Sequence[Any]:

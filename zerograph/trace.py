@@ -10,11 +10,11 @@ Nothing here touches a real tensor or a rank. Models on the meta device are trac
 of a named device, never as meta: on meta the backward of some losses is lost without a word.
 """
 
-import linecache
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,6 +22,7 @@ from torch import fx, nn
 
 from zerograph import compat, ir
 from zerograph.errors import CaptureError
+from zerograph.explain import explained
 from zerograph.ir import Gradient, Result, Role, TrainGraph
 from zerograph.layout import Layout
 from zerograph.precision import Precision
@@ -58,12 +59,14 @@ def trace(
     Raises CaptureError, with the user's own source line, for what cannot be captured whole.
     """
     mode = compat.new_fake_mode()
-    with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
+    grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(grad):
         params, buffers = _fake_state(model, layout, mode, device)
         tensors, rebuild_call = dissect((args, kwargs))
         fakes = _fake_inputs([tensor for _, tensor in tensors], precision, mode, device)
         fake_args, fake_kwargs = rebuild_call(fakes)
-        with substituted(model, {**params, **buffers}), _errors(model):
+        call = partial(model, *fake_args, **fake_kwargs)
+        with substituted(model, {**params, **buffers}), explained(model, call, mode):
             captured = compat.capture(model, fake_args, fake_kwargs)
             returned, rebuild = dissect(captured.rebuilt)
             joint = compat.export_joint(captured)
@@ -145,7 +148,7 @@ def _trace_of(
         training=bool(differentiable),
     )
     _write_origins(graph)
-    _require_gradients(graph)
+    _require_gradients(graph, model)
     position = {path: index for index, path in reversed(list(enumerate(names.paths)))}
     order = tuple(position[ir.role_of(node).name] for node in graph.placeholders("input"))
     return Trace(graph, order, constants, rebuild, tuple(sources))
@@ -233,11 +236,17 @@ def _module_name(node: fx.Node) -> str:
     return ".".join(parts)
 
 
-def _require_gradients(graph: TrainGraph) -> None:
+def _require_gradients(graph: TrainGraph, model: nn.Module) -> None:
     """A trainable parameter that a differentiable output depends on must have a gradient."""
     if not graph.training:
         return
     have = {gradient.name for gradient in graph.gradients if gradient.kind == "param"}
+    thawed = [name for name in have if not graph.layout.params[name].trainable]
+    if thawed:
+        raise CaptureError(
+            f"parameter {min(thawed)} was frozen when the model was compiled and has no place for a "
+            "gradient; destroy() the engine and compile again, or compile it trainable and freeze it after"
+        )
     results = zip(graph.results, graph.outputs("forward"), strict=True)
     needed: set[fx.Node] = {n for r, n in results if r.differentiable and isinstance(n, fx.Node)}
     for node in reversed(graph.nodes("forward")):
@@ -245,7 +254,7 @@ def _require_gradients(graph: TrainGraph) -> None:
             needed.update(node.all_input_nodes)
     for node in graph.placeholders("param"):
         name = ir.role_of(node).name
-        if node in needed and graph.layout.params[name].trainable and name not in have:
+        if node in needed and _requires_grad(model, name) and name not in have:
             raise CaptureError(
                 f"parameter {name} is trainable and the forward's result depends on it, but no "
                 "gradient reaches it; if that is meant (a no_grad() region), call "
@@ -336,37 +345,3 @@ def _call_path(path: str, model: nn.Module, positional: int) -> str:
     name = names[int(index)] if int(index) < len(names) else f"arg{index}"
     return f"{name}.{inner}" if inner else name
 
-
-# Errors
-
-
-@contextmanager
-def _errors(model: nn.Module) -> Iterator[None]:
-    """Turn what capture raises into a CaptureError that shows the user's own line."""
-    try:
-        yield
-    except compat.DynamoError as error:
-        raise CaptureError(_explain(model, error)) from error
-
-
-def _explain(model: nn.Module, error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = lines[0] if lines else type(error).__name__
-    said = dict(line.split(": ", 1) for line in lines if ": " in line)
-    detail = said.get("Explanation", "")
-    hint = said.get("Hint", "rewrite it with tensor operations (torch.where, masking), or move it out")
-    return (
-        f"{type(model).__name__}.forward cannot be captured as one graph: {reason}\n"
-        f"{_user_line(error)}"
-        f"  why:    {detail or reason}\n"
-        f"  change: {hint}"
-    )
-
-
-def _user_line(error: Exception) -> str:
-    frames = compat.user_frames(error)
-    if not frames:
-        return ""
-    frame = frames[-1]
-    source = (frame.line or linecache.getline(frame.filename, frame.lineno or 0)).strip()
-    return f"  at:     {frame.filename}:{frame.lineno} in {frame.name}\n            {source}\n"

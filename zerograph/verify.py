@@ -1,4 +1,4 @@
-"""verify: the invariants that hold after every pass. A pass that breaks one is a defect, not bad input.
+"""verify: the invariants that hold after every pass. To break one is a defect, not bad input.
 
 Each check reads the graph alone, is linear in it, and runs from the moment the property that it is
 about has been provided. A VerifyError says which invariant, at which node, and after which pass.
@@ -10,12 +10,13 @@ from typing import cast
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from zerograph import ops
-from zerograph.cost import peak_gathered
+from zerograph.cost import name_of, peak_gathered
 from zerograph.errors import VerifyError
 from zerograph.ir import REGIONS, TrainGraph, is_call, region_of, role_of, view_root
-from zerograph.passes.release import aliases, users_of_aliases
+from zerograph.passes.release import users_of_aliases
 
 Check = Callable[[TrainGraph], Iterator[str]]
 
@@ -26,6 +27,30 @@ def verify(graph: TrainGraph, provided: frozenset[str], after: str) -> None:
         if needs <= provided:
             for problem in check(graph):
                 raise VerifyError(f"after pass {after}: {problem}")
+
+
+_BUCKET_ARGUMENT = {
+    ops.gather: 1,
+    ops.release: 1,
+    ops.grad_buffer: 1,
+    ops.reduce_scatter: 1,
+    ops.all_reduce: 1,
+    ops.accumulate: 2,
+    ops.refresh: 2,
+    ops.update: 7,
+}
+
+
+def _bucket_of(node: fx.Node) -> str | None:
+    """The bucket that a zero.* node is about, if it is about one."""
+    index = _BUCKET_ARGUMENT.get(cast(OpOverload, node.target))
+    return None if index is None else cast(str, node.args[index])
+
+
+def _say(node: fx.Node) -> str:
+    """`the gather of b1 in the forward`."""
+    bucket = _bucket_of(node)
+    return f"the {name_of(node)}{f' of {bucket}' if bucket else ''} in the {region_of(node)}"
 
 
 def _regions_in_order(graph: TrainGraph) -> Iterator[str]:
@@ -53,9 +78,9 @@ def _no_repeated_effects(graph: TrainGraph) -> Iterator[str]:
         and n.meta.get("seq_nr") is not None
     )
     for node in graph.nodes("backward"):
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            if drawn[node.meta.get("seq_nr")] > 1:
-                yield f"{node.name} repeats a random operation of the forward"
+        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if random and drawn[node.meta.get("seq_nr")] > 1:
+            yield f"{node.name} repeats a random operation of the forward"
 
 
 def _saved_is_no_parameter(graph: TrainGraph) -> Iterator[str]:
@@ -71,10 +96,20 @@ def _saved_is_no_parameter(graph: TrainGraph) -> Iterator[str]:
 
 
 def _results_are_no_parameter(graph: TrainGraph) -> Iterator[str]:
-    for section in ("forward", "saved", "backward"):
+    for section in ("forward", "saved", "backward", "step"):
         for node in graph.outputs(section):
             if node is not None and _comes_from(node, ("param", "full", "shard")):
                 yield f"{section} output {node.name} shares storage with a parameter"
+
+
+def _old_buffers_are_kept(graph: TrainGraph) -> Iterator[str]:
+    """The backward reads no buffer that the forward has updated by then."""
+    updated = {r.name for r in graph.results if r.kind == "update"}
+    for node in graph.placeholders("buffer"):
+        if role_of(node).name in updated:
+            for user in node.users:
+                if user.op != "output" and region_of(user) == "backward":
+                    yield f"{user.name} reads buffer {role_of(node).name} after its update"
 
 
 def _comes_from(node: fx.Node, kinds: tuple[str, ...]) -> bool:
@@ -111,7 +146,7 @@ def _params_lie_in_their_bucket(graph: TrainGraph) -> Iterator[str]:
 
 
 def _params_are_gathered(graph: TrainGraph) -> Iterator[str]:
-    """At stage 3 a parameter is a view of a waited gather of its own region."""
+    """At stage 3 a parameter is a view of a waited gather."""
     for node in graph.nodes():
         if graph.stage < 3 or not is_call(node, ops.param):
             continue
@@ -119,8 +154,6 @@ def _params_are_gathered(graph: TrainGraph) -> Iterator[str]:
         if not is_call(full, ops.wait):
             what = "a pending gather" if is_call(full, ops.gather) else "a shard"
             yield f"{node.args[1]} in the {region_of(node)} is read from {what}"
-        elif region_of(full) != region_of(node):
-            yield f"{node.args[1]} in the {region_of(node)} is read from another region's gather"
 
 
 def _collectives_are_waited_for(graph: TrainGraph) -> Iterator[str]:
@@ -128,13 +161,15 @@ def _collectives_are_waited_for(graph: TrainGraph) -> Iterator[str]:
         if is_call(node, *ops.COLLECTIVES):
             waits = [user for user in node.users if is_call(user, ops.wait)]
             if len(waits) != 1:
-                yield f"{node.name} has {len(waits)} waits, not one"
+                yield f"{_say(node)} has {len(waits)} waits, not one"
+            elif region_of(waits[0]) != region_of(node):
+                yield f"{_say(node)} is waited for in the {region_of(waits[0])}"
             for user in node.users:
                 if user not in waits:
                     what = "the output" if user.op == "output" else user.name
-                    yield f"{what} uses {node.name} without waiting for it"
+                    yield f"{what} uses {_say(node)} without waiting for it"
             if graph.world != _world_of(node):
-                yield f"{node.name} is for {_world_of(node)} ranks, not {graph.world}"
+                yield f"{_say(node)} is for {_world_of(node)} ranks, not {graph.world}"
         if is_call(node, ops.wait) and not is_call(cast(fx.Node, node.args[0]), *ops.COLLECTIVES):
             yield f"{node.name} waits for what was never started"
 
@@ -150,18 +185,13 @@ def _gathers_are_released(graph: TrainGraph) -> Iterator[str]:
         full = next((u for u in node.users if is_call(u, ops.wait)), node)
         releases = [user for user in full.users if is_call(user, ops.release)]
         if len(releases) != 1:
-            yield f"{node.name} has {len(releases)} releases, not one"
+            yield f"{_say(node)} has {len(releases)} releases, not one"
             continue
         if region_of(releases[0]) != region_of(node):
-            yield f"{node.name} is released in another region"
+            yield f"{_say(node)} is released in another region"
         for user in users_of_aliases(full):
             if releases[0] < user:
                 yield f"{user.name} reads bucket {node.args[1]} after its release"
-            if region_of(user) != region_of(node):
-                yield f"{user.name} reads bucket {node.args[1]} in another region than its gather"
-        for alias in aliases(full):
-            if any(user.op == "output" for user in alias.users):
-                yield f"{alias.name}, a view of bucket {node.args[1]}, leaves the program"
 
 
 def _bound_holds(graph: TrainGraph) -> Iterator[str]:
@@ -175,7 +205,7 @@ def _gradients_are_reduced_once(graph: TrainGraph) -> Iterator[str]:
     buffers = [n for n in graph.nodes("backward") if is_call(n, ops.grad_buffer)]
     per_bucket = Counter(cast(str, n.args[1]) for n in buffers)
     expected = {b.name for b in graph.layout.trainable_buckets()} if graph.training else set()
-    for bucket in expected | set(per_bucket):
+    for bucket in sorted(expected | set(per_bucket)):
         if bucket not in expected:
             yield f"frozen bucket {bucket} has a gradient buffer"
         elif per_bucket[bucket] != 1:
@@ -218,44 +248,91 @@ def _chain(graph: TrainGraph, buffer: fx.Node, puts: Counter[str]) -> Iterator[s
 
 
 def _accumulated_once(graph: TrainGraph) -> Iterator[str]:
-    counts = Counter(n.args[2] for n in graph.nodes() if is_call(n, ops.accumulate))
-    kept = {g.name for g in graph.gradients if g.kind == "kept"}
-    for bucket in kept | set(counts):
+    found = [n for n in graph.nodes() if is_call(n, ops.accumulate)]
+    counts = Counter(map(_bucket_of, found))
+    pairs = zip(graph.gradients, graph.outputs("backward"), strict=True)
+    kept = {g.name: cast(fx.Node, node) for g, node in pairs if g.kind == "kept"}
+    for bucket in dict.fromkeys([*kept, *counts]):
         if counts[bucket] != 1 or bucket not in kept:
             yield f"gradients of {bucket} are accumulated {counts[bucket]} times, not once"
+    for bucket, node in kept.items():
+        if not is_call(node, ops.accumulate) or _bucket_of(node) != bucket:
+            yield f"{node.name} is kept as the gradients of {bucket}"
+    if len({n.args[3] for n in found}) > 1:
+        yield "buckets are accumulated with different weights"
+
+
+def _buckets_stay_apart(graph: TrainGraph) -> Iterator[str]:
+    """What moves, keeps or updates a bucket works on that bucket's storage and gradients alone."""
+    for node in graph.nodes():
+        if bucket := _bucket_of(node):
+            for source in map(_source, node.all_input_nodes):
+                if source.op == "placeholder":
+                    own = role_of(source).name.partition("/")[0]
+                    other = own if role_of(source).kind in _STORAGES else None
+                else:
+                    other = _bucket_of(source)
+                if other not in (None, bucket):
+                    yield f"{_say(node)} works on {source.name} of bucket {other}"
+
+
+_STORAGES = ("full", "shard", "kept", "master", "state")
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """What a value was before it was waited for and cast."""
+    while is_call(node, ops.wait, torch.ops.aten._to_copy.default):
+        node = cast(fx.Node, node.args[0])
+    return node
 
 
 def _updated_once(graph: TrainGraph) -> Iterator[str]:
     if not graph.training or "optimizer" not in graph.notes:
         return
+    step = graph.nodes("step")
     trained = [b.name for b in graph.layout.trainable_buckets()]
-    updates = {n.args[7]: n for n in graph.nodes("step") if is_call(n, ops.update)}
-    counts = Counter(n.args[7] for n in graph.nodes() if is_call(n, ops.update))
-    for bucket in {*trained, *cast(set[str], set(counts))}:
-        if counts[bucket] != 1 or bucket not in trained:
-            yield f"bucket {bucket} is updated {counts[bucket]} times, not once"
-    reduced = Counter(
-        n.args[1]
-        for n in graph.nodes("step")
-        if is_call(n, ops.all_reduce, ops.reduce_scatter)
-    )
-    refreshed = {n.args[2]: n for n in graph.nodes("step") if is_call(n, ops.refresh)}
-    for bucket in trained:
-        if reduced[bucket] != (1 if graph.stage < 2 else 0):
+    updates = {_bucket_of(n): n for n in step if is_call(n, ops.update)}
+    refreshes = {_bucket_of(n): n for n in step if is_call(n, ops.refresh)}
+    counts = Counter((n.target, _bucket_of(n)) for n in graph.nodes())
+    reduced = Counter(_bucket_of(n) for n in step if is_call(n, ops.all_reduce, ops.reduce_scatter))
+    due_reductions, due_refreshes = int(graph.stage < 2), int(graph.stage in (1, 2))
+    for bucket in dict.fromkeys([*trained, *updates, *refreshes]):
+        times = counts[ops.update, bucket]
+        if times != 1 or bucket not in trained or bucket not in updates:
+            yield f"bucket {bucket} is updated {times} times in the step, not once"
+        if reduced[bucket] != due_reductions:
             yield f"bucket {bucket} is reduced {reduced[bucket]} times in the step"
-        if (bucket in refreshed) != (graph.stage in (1, 2)):
-            yield f"bucket {bucket} is {'not ' * (graph.stage in (1, 2))}refreshed at stage {graph.stage}"
-        elif bucket in refreshed and refreshed[bucket] < updates[bucket]:
+        if (times := counts[ops.refresh, bucket]) != due_refreshes:
+            yield f"bucket {bucket} is refreshed {times} times at stage {graph.stage}"
+        elif due_refreshes and refreshes[bucket] < updates[bucket]:
             yield f"bucket {bucket} is refreshed before its update"
 
 
+def _updates_agree(graph: TrainGraph) -> Iterator[str]:
+    """Every update takes its bucket's mean gradient, the same flags, and the clipping if any."""
+    mean = {0: ops.all_reduce, 1: ops.reduce_scatter}.get(graph.stage, ops.accumulate)
+    clip = next((n for n in graph.nodes("step") if is_call(n, ops.clip)), None)
+    for node in graph.nodes("step"):
+        if is_call(node, ops.update):
+            grad, used, factor = (cast(fx.Node, node.args[i]) for i in (1, 5, 6))
+            if not is_call(_source(grad), mean):
+                yield f"{_say(node)} takes {grad.name}, which is not the mean over ranks"
+            if factor is not clip:
+                yield f"{_say(node)} does not take the clipping factor"
+            if graph.unused and not is_call(_source(used), ops.any_rank):
+                yield f"{_say(node)} does not know which parameters other ranks used"
+
+
 def _norm_covers_all(graph: TrainGraph) -> Iterator[str]:
+    updates = [n for n in graph.nodes("step") if is_call(n, ops.update)]
     for node in graph.nodes("step"):
         if is_call(node, ops.norm_partials):
-            grads = cast(list[fx.Node], node.args[0])
-            updated = [n.args[1] for n in graph.nodes("step") if is_call(n, ops.update)]
-            if set(grads) != set(updated) or len(grads) != len(updated):
+            grads = Counter(cast(list[fx.Node], node.args[0]))
+            if grads != Counter(n.args[1] for n in updates):
                 yield f"{node.name} does not cover the gradients that are applied"
+            for update in updates:
+                if update < node:  # an update may overwrite its gradient
+                    yield f"{_say(update)} stands before {node.name}"
 
 
 _HAS = frozenset
@@ -265,15 +342,18 @@ CHECKS: tuple[tuple[frozenset[str], Check], ...] = (
     (_HAS(), _no_repeated_effects),
     (_HAS({"normal"}), _saved_is_no_parameter),
     (_HAS({"normal"}), _results_are_no_parameter),
+    (_HAS({"normal"}), _old_buffers_are_kept),
     (_HAS({"specialized"}), _saved_is_complete),
     (_HAS({"sharded"}), _params_lie_in_their_bucket),
     (_HAS({"gathered"}), _params_are_gathered),
     (_HAS({"gathered"}), _collectives_are_waited_for),
+    (_HAS({"gathered"}), _buckets_stay_apart),
     (_HAS({"released"}), _gathers_are_released),
     (_HAS({"released"}), _bound_holds),
     (_HAS({"reduced"}), _gradients_are_reduced_once),
     (_HAS({"reduced"}), _accumulated_once),
     (_HAS({"updated"}), _updated_once),
+    (_HAS({"updated"}), _updates_agree),
     (_HAS({"updated"}), _norm_covers_all),
 )
 """What must have been provided, and the check that then holds. The order is that of the passes."""

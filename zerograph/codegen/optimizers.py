@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -23,6 +22,13 @@ class Run:
     """The number of this update for the range's parameters, from 1."""
 
 
+Apply = Callable[[Tensor, Tensor, Sequence[Tensor], Mapping[str, Any], int], None]
+"""(master, grad, states, options, step number), in place; all slices of one length."""
+
+CHUNK = 1 << 15
+"""Elements updated at a time, so that a rule's several passes over them stay in the cache."""
+
+
 @dataclass(frozen=True)
 class Rule:
     """One optimizer. `scalars` names the columns of the table of scalars."""
@@ -32,62 +38,45 @@ class Rule:
     states: Callable[[Mapping[str, Any]], tuple[str, ...]]
     """State slices that the rule keeps with the given options."""
     scalars: tuple[str, ...]
-    apply: Callable[[Tensor, Tensor, Sequence[Tensor], Mapping[str, Any], int, Tensor | None], None]
-    """(master, grad, states, options, step, inverse factor) of one run, in place."""
+    apply: Apply
 
 
-def _adam(kernel: Callable[..., None]) -> Callable[..., None]:
+def _adam(decoupled: bool) -> Apply:
+    """Adam in the operation order of torch's unfused loop, whose bits it then has."""
+
     def apply(
-        master: Tensor,
-        grad: Tensor,
-        states: Sequence[Tensor],
-        options: Mapping[str, Any],
-        step: int,
-        divisor: Tensor | None,
+        master: Tensor, grad: Tensor, states: Sequence[Tensor], options: Mapping[str, Any], step: int
     ) -> None:
         beta1, beta2 = options["betas"]
-        count = torch.tensor(float(step), device=master.device)
-        kernel(
-            [master],
-            [grad],
-            [states[0]],
-            [states[1]],
-            [],
-            [count],
-            lr=options["lr"],
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=options["weight_decay"],
-            eps=options["eps"],
-            amsgrad=False,
-            maximize=False,
-            grad_scale=divisor,
-        )
+        lr, decay = options["lr"], options["weight_decay"]
+        mean, square = states
+        if decay and decoupled:
+            master.mul_(1 - lr * decay)
+        elif decay:
+            grad = grad.add(master, alpha=decay)
+        mean.lerp_(grad, 1 - beta1)
+        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        unbias = (1 - beta2**step) ** 0.5
+        root = (square.sqrt() / unbias).add_(options["eps"])
+        master.addcdiv_(mean, root, value=-lr / (1 - beta1**step))
 
     return apply
 
 
 def _sgd(
-    master: Tensor,
-    grad: Tensor,
-    states: Sequence[Tensor],
-    options: Mapping[str, Any],
-    step: int,
-    divisor: Tensor | None,
+    master: Tensor, grad: Tensor, states: Sequence[Tensor], options: Mapping[str, Any], step: int
 ) -> None:
-    torch._fused_sgd_(
-        [master],
-        [grad],
-        list(states),
-        weight_decay=options["weight_decay"],
-        momentum=options["momentum"],
-        lr=options["lr"],
-        dampening=options["dampening"],
-        nesterov=options["nesterov"],
-        maximize=False,
-        is_first_step=step == 1,
-        grad_scale=divisor,
-    )
+    momentum, decay = options["momentum"], options["weight_decay"]
+    if decay:
+        grad = grad.add(master, alpha=decay)
+    if momentum:
+        (buffer,) = states
+        if step == 1:
+            buffer.copy_(grad)
+        else:
+            buffer.mul_(momentum).add_(grad, alpha=1 - options["dampening"])
+        grad = grad.add(buffer, alpha=momentum) if options["nesterov"] else buffer
+    master.add_(grad, alpha=-options["lr"])
 
 
 _ADAM_DEFAULTS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
@@ -98,7 +87,7 @@ ADAMW = Rule(
     _ADAM_DEFAULTS,
     lambda options: ("exp_avg", "exp_avg_sq"),
     _ADAM_SCALARS,
-    _adam(torch._fused_adamw_),
+    _adam(decoupled=True),
 )
 """Decoupled weight decay, arXiv:1711.05101 algorithm 2."""
 
@@ -107,7 +96,7 @@ ADAM = Rule(
     _ADAM_DEFAULTS,
     lambda options: ("exp_avg", "exp_avg_sq"),
     _ADAM_SCALARS,
-    _adam(torch._fused_adam_),
+    _adam(decoupled=False),
 )
 """Adam with L2 regularisation, arXiv:1412.6980 algorithm 1."""
 
@@ -143,12 +132,14 @@ def update(
 ) -> None:
     """Apply `rule` to the runs of one slice in place, and store the low-precision copy.
 
-    `grad` is consumed (fused kernels may write it). `factor` multiplies the gradient (clipping).
+    `grad` is scaled in place by `factor` (clipping).
     """
-    divisor = None if factor is None else factor.reciprocal()
+    if factor is not None:
+        grad.mul_(factor)
     for run in runs:
-        part = slice(run.start, run.stop)
-        own = [state[part] for state in states]
-        rule.apply(master[part], grad[part], own, groups[run.group], run.step, divisor)
-        if low is not None:
-            low[part].copy_(master[part])
+        for start in range(run.start, run.stop, CHUNK):
+            part = slice(start, min(start + CHUNK, run.stop))
+            own = [state[part] for state in states]
+            rule.apply(master[part], grad[part], own, groups[run.group], run.step)
+            if low is not None:
+                low[part].copy_(master[part])

@@ -34,9 +34,10 @@ class World:
         """All ranks' shards [n] concatenated in rank order [size * n]."""
         if self.size == 1:
             return shard.clone()
-        full = shard.new_empty(shard.numel() * self.size)
-        dist.all_gather_into_tensor(full, shard.contiguous(), group=self.group)
-        return full
+        ops = torch.ops._c10d_functional
+        full = ops.all_gather_into_tensor(shard.contiguous(), self.size, self.group_name)
+        gathered: torch.Tensor = ops.wait_tensor(full)
+        return gathered
 
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
         """The mean of `tensor` over ranks, in place."""

@@ -1,0 +1,161 @@
+"""What each rank computes for the parity tests: DDP, fully_shard, and zerograph at each stage."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import zerograph
+from tests.models import batch_for, loss_of, make
+
+STEPS = 5
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "AdamW": {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01},
+    "SGD": {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.01},
+}
+
+
+def config_for(stage: int, optimizer: str = "AdamW", **extra: Any) -> dict[str, Any]:
+    """A config in which sharding is really exercised, with no clipping unless asked for."""
+    config: dict[str, Any] = {
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_reuse_distance": 0,
+            "stage3_prefetch_bucket_size": 20000,
+        },
+        "optimizer": {"type": optimizer, "params": OPTIMIZERS[optimizer]},
+        "gradient_clipping": 0.0,
+    }
+    zero = extra.pop("zero_optimization", {})
+    config["zero_optimization"].update(zero)
+    return {**config, **extra}
+
+
+def torch_optimizer(name: str, parameters: Any) -> torch.optim.Optimizer:
+    options = dict(OPTIMIZERS[name])
+    options.pop("eps", None)
+    return getattr(torch.optim, name)(parameters, **options)
+
+
+def ddp(name: str, rank: int, optimizer: str) -> dict[str, Any]:
+    """Loss and gradients of the first step, parameters after STEPS."""
+    model = make(name)
+    wrapped = DistributedDataParallel(model)
+    optim = torch_optimizer(optimizer, [p for p in model.parameters() if p.requires_grad])
+    first: dict[str, Any] = {}
+    for step in range(STEPS):
+        loss = loss_of(wrapped(**batch_for(name, rank + 10 * step)))
+        loss.backward()
+        if step == 0:
+            first = {"loss": loss.detach(), "gradients": _gradients(model)}
+        optim.step()
+        optim.zero_grad()
+    return {**first, "state": _cpu(model.state_dict())}
+
+
+def fsdp(name: str, rank: int) -> dict[str, Any]:
+    """Loss and gradients of the first step under fully_shard, layer by layer."""
+    model = make(name)
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            for layer in module:
+                if next(layer.parameters(), None) is not None:
+                    fully_shard(layer)
+    fully_shard(model)
+    loss = loss_of(model(**batch_for(name, rank)))
+    loss.backward()
+    gradients = {
+        n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None
+    }
+    return {"loss": loss.detach(), "gradients": gradients}
+
+
+def ours(name: str, rank: int, stage: int, optimizer: str, **extra: Any) -> dict[str, Any]:
+    engine = zerograph.compile(make(name), config_for(stage, optimizer, **extra))
+    first: dict[str, Any] = {}
+    norms = []
+    for step in range(STEPS):
+        loss = loss_of(engine(**batch_for(name, rank + 10 * step)))
+        engine.backward(loss)
+        if step == 0:
+            first = {"loss": loss.detach(), "gradients": engine.gradients()}
+        engine.step()
+        norms.append(engine.get_global_grad_norm())
+    return {**first, "state": engine.state_dict(), "norms": norms}
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+    }
+
+
+def _cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n: t.detach().cpu().clone() for n, t in state.items()}
+
+
+def compare(rank: int, world: int, name: str) -> dict[str, Any]:
+    """Everything that the parity test asserts about one model, as (difference) numbers."""
+    report: dict[str, Any] = {}
+    reference = {o: ddp(name, rank, o) for o in OPTIMIZERS}
+    try:
+        sharded = fsdp(name, rank)
+        report["fsdp equals ddp"] = _same(sharded, reference["AdamW"])
+    except Exception as error:  # a peer that cannot run the model is no oracle
+        report["fsdp equals ddp"] = f"{type(error).__name__}: {error}"
+    for optimizer, expected in reference.items():
+        stages = {}
+        for stage in range(4):
+            torch.manual_seed(0)
+            found = stages[stage] = ours(name, rank, stage, optimizer)
+            key = f"{optimizer} stage {stage}"
+            report[f"{key} loss"] = torch.equal(found["loss"], expected["loss"])
+            report[f"{key} gradients"] = differing(found["gradients"], expected["gradients"])
+            report[f"{key} gradient error"] = gradient_error(
+                found["gradients"], expected["gradients"]
+            )
+            report[f"{key} state error"] = state_error(found["state"], expected["state"])
+            report[f"{key} stages"] = differing(found["state"], stages[0]["state"])
+            report[f"{key} norms"] = found["norms"] == stages[0]["norms"]
+    return report
+
+
+def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return torch.equal(one["loss"], other["loss"]) and not differing(
+        one["gradients"], other["gradients"]
+    )
+
+
+def differing(found: dict[str, Tensor | None], expected: dict[str, Tensor]) -> list[str]:
+    """Names whose tensors are not bitwise equal; absent and None are the same."""
+    names = {n for n, t in found.items() if t is not None} | set(expected)
+    return sorted(
+        n
+        for n in names
+        if found.get(n) is None or n not in expected or not torch.equal(found[n], expected[n])
+    )
+
+
+def gradient_error(found: dict[str, Tensor | None], expected: dict[str, Tensor]) -> float:
+    """Largest max|a-b| / (1e-6 max|b| + 1e-9) over the tensors; at most 1 is within the bound."""
+    worst = 0.0
+    for name, tensor in expected.items():
+        bound = 1e-6 * tensor.abs().max().item() + 1e-9
+        worst = max(worst, (found[name] - tensor).abs().max().item() / bound)
+    return worst
+
+
+def state_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Largest max|a-b| / (1 + max|b|) over the tensors, in units of 1e-6."""
+    assert set(found) == set(expected)
+    worst = 0.0
+    for name, tensor in expected.items():
+        if tensor.is_floating_point() and tensor.numel():
+            difference = (found[name] - tensor).abs().max().item()
+            worst = max(worst, difference / (1e-6 * (1 + tensor.abs().max().item())))
+    return worst
+
+

@@ -1,0 +1,90 @@
+"""Run a function on several ranks: real processes, one thread each, gloo over a file store.
+
+Every run has a deadline; at its end no process is left.
+"""
+
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+TIMEOUT = 240.0
+
+
+class RankError(Exception):
+    """A rank raised; the message holds every failed rank's traceback."""
+
+
+def run_ranks(
+    world: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT
+) -> list[Any]:
+    """`function(rank, world, *args)` on `world` ranks; their return values in rank order.
+
+    `function` must be importable (a module-level function); what it returns must pickle.
+    """
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(target=_rank, args=(rank, world, folder, function, args), daemon=True)
+            for rank in range(world)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            _join(processes, time.monotonic() + timeout)
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+        outcomes = [_read(Path(folder) / f"{rank}.pickle") for rank in range(world)]
+    failures = [f"rank {r}:\n{text}" for r, (kind, text) in enumerate(outcomes) if kind != "value"]
+    if failures:
+        raise RankError("\n".join(failures))
+    return [value for _, value in outcomes]
+
+
+def _join(processes: list[Any], deadline: float) -> None:
+    """Wait for all; once one fails, the others get a few seconds to fail by themselves."""
+    while any(process.is_alive() for process in processes):
+        if time.monotonic() > deadline:
+            return
+        if any(process.exitcode not in (None, 0) for process in processes):
+            deadline = min(deadline, time.monotonic() + 20)
+        time.sleep(0.05)
+
+
+def _read(path: Path) -> tuple[str, Any]:
+    if not path.exists():
+        return ("timeout", "no answer before the deadline")
+    return pickle.loads(path.read_bytes())
+
+
+def _rank(
+    rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    answer: tuple[str, Any]
+    try:
+        store = dist.FileStore(f"{folder}/store", world)
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=120)
+        )
+        answer = ("value", function(rank, world, *args))
+        dist.barrier()
+    except BaseException:
+        answer = ("error", traceback.format_exc())
+    part = Path(folder) / f"{rank}.part"
+    part.write_bytes(pickle.dumps(answer))
+    part.rename(Path(folder) / f"{rank}.pickle")
+    os._exit(0 if answer[0] == "value" else 1)

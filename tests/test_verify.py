@@ -1,0 +1,655 @@
+"""The verifier: good graphs pass at every stage, and each seeded fault is caught by name.
+
+A fault is one edit of a good graph. It is registered with the stage of that graph and with what
+the message must say; `after` stops the pipeline early, for faults that a later pass would hide.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+from tests import tiny
+from zerograph import ops, pipeline, verify
+from zerograph.config import load_config
+from zerograph.errors import AgreementError, VerifyError
+from zerograph.ir import TrainGraph, is_call, region_of
+from zerograph.plan import default_arriving, optimizer_of, passes_for
+from zerograph.runtime.agree import first_difference
+
+aten = torch.ops.aten
+WORLD = 8
+
+
+@dataclass(frozen=True)
+class Fault:
+    stage: int
+    says: str
+    edit: Callable[[TrainGraph], None]
+    after: str = "schedule"
+    model: str = "blocks"
+
+    def broken(self) -> tuple[TrainGraph, frozenset[str]]:
+        graph, provided = good(self.stage, self.after, self.model)
+        self.edit(graph)
+        return graph, provided
+
+
+FAULTS: dict[str, Fault] = {}
+
+
+def fault(stage: int, says: str, **more: Any) -> Callable[..., Any]:
+    def register(edit: Callable[[TrainGraph], None]) -> Callable[[TrainGraph], None]:
+        FAULTS[edit.__name__] = Fault(stage, says, edit, **more)
+        return edit
+
+    return register
+
+
+_good: dict[tuple[int, str, str], tuple[TrainGraph, frozenset[str]]] = {}
+
+
+def good(
+    stage: int, after: str = "schedule", model: str = "blocks"
+) -> tuple[TrainGraph, frozenset[str]]:
+    """A copy of the finished graph, or of the one after the pass `after`; and what it provides."""
+    key = (stage, after, model)
+    if key not in _good:
+        graph = tiny.trace_of(model, WORLD).graph.copy()
+        config = load_config(tiny.config(stage))
+        spec = optimizer_of(config, graph.layout)
+        passes = passes_for(config, graph, default_arriving(graph), spec)
+        names = [each.name for each in passes]
+        passes = passes[: names.index(after) + 1]
+        pipeline.run(graph, passes, keep_text=False)
+        _good[key] = graph, frozenset({"traced"}).union(*(each.provides for each in passes))
+    graph, provided = _good[key]
+    return graph.copy(), provided
+
+
+# Finding and editing
+
+
+def find(graph: TrainGraph, target: Any, bucket: str = "", region: str = "") -> fx.Node:
+    """The first call of `target`, in one region and about one bucket (or parameter) if said."""
+    for node in graph.nodes():
+        about = not bucket or bucket in node.args
+        if is_call(node, target) and about and region in ("", region_of(node)):
+            return node
+    raise AssertionError(f"no {target} {bucket} {region}")
+
+
+def wait_of(node: fx.Node) -> fx.Node:
+    return next(user for user in node.users if is_call(user, ops.wait))
+
+
+def gathered(graph: TrainGraph, bucket: str, region: str = "forward") -> fx.Node:
+    return wait_of(find(graph, ops.gather, bucket, region))
+
+
+def drop(graph: TrainGraph, node: fx.Node, instead: fx.Node | None = None) -> None:
+    """Take a node out; its users read `instead`."""
+    if instead is not None:
+        node.replace_all_uses_with(instead)
+    graph.graph.erase_node(node)
+
+
+def repeat(graph: TrainGraph, node: fx.Node, before: fx.Node | None = None) -> fx.Node:
+    """The same call again, right behind the node or before another one."""
+    with graph.graph.inserting_before(before or node.next):
+        return graph.graph.node_copy(node)
+
+
+def move(node: fx.Node, before: fx.Node, region: str = "") -> None:
+    before.prepend(node)
+    node.meta = {**node.meta, **({"region": region} if region else {})}
+
+
+def set_arg(node: fx.Node, index: int, value: Any) -> None:
+    node.args = (*node.args[:index], value, *node.args[index + 1 :])
+
+
+def reading(graph: TrainGraph, target: Any, region: str, name: str) -> tuple[fx.Node, fx.Node]:
+    """(call of `target`, the view that it reads) for the parameter `name` in a region."""
+    view = find(graph, ops.param, name, region)
+    for node in graph.nodes(region):
+        if is_call(node, target) and view in node.all_input_nodes:
+            return node, view
+    raise AssertionError(name)
+
+
+# Order of nodes
+
+
+@fault(3, "the forward stands behind a later region")
+def node_out_of_its_region(graph: TrainGraph) -> None:
+    move(find(graph, aten.mse_loss.default), graph.end("backward"))
+
+
+@fault(3, r"reads wait_default.* before it exists")
+def wait_behind_a_use(graph: TrainGraph) -> None:
+    full = gathered(graph, "b1")
+    move(full, find(graph, ops.param, "blocks.0.norm.weight", "forward").next)
+
+
+@fault(0, r"update_default.* reads .* before it exists")
+def update_before_the_reductions_wait(graph: TrainGraph) -> None:
+    mean = wait_of(find(graph, ops.all_reduce, "b1"))
+    move(find(graph, ops.update, "b1"), mean)
+
+
+# What the backward may read
+
+
+@fault(3, r"native_dropout.* repeats a random operation")
+def random_op_again_in_the_backward(graph: TrainGraph) -> None:
+    again = repeat(graph, find(graph, aten.native_dropout.default), graph.first("backward"))
+    again.meta = {**again.meta, "region": "backward"}
+    graph.set_outputs(saved=[*graph.outputs("saved"), again.args[0]])
+
+
+@fault(3, "reads wait_default.*keeps a parameter's storage alive")
+def gathered_bucket_saved_for_the_backward(graph: TrainGraph) -> None:
+    find(graph, ops.param, "head.weight", "backward").replace_input_with(
+        gathered(graph, "b3", "backward"), gathered(graph, "b3", "forward")
+    )
+
+
+@fault(1, "keeps a parameter's storage alive")
+def view_of_a_parameter_crosses_to_the_backward(graph: TrainGraph) -> None:
+    user, view = reading(graph, aten.t.default, "backward", "head.weight")
+    user.replace_input_with(view, find(graph, ops.param, "head.weight", "forward"))
+
+
+@fault(0, "reads t.*keeps a parameter's storage alive", after="normalize")
+def transposed_weight_crosses_to_the_backward(graph: TrainGraph) -> None:
+    weight = graph.placeholder("param", "head.weight")
+    first, second = sorted(user for user in weight.users if is_call(user, aten.t.default))
+    second.replace_all_uses_with(first)
+
+
+@fault(3, "forward output .* shares storage with a parameter")
+def output_is_a_view_of_a_gathered_bucket(graph: TrainGraph) -> None:
+    loss, _ = graph.outputs("forward")
+    graph.set_outputs(forward=[loss, find(graph, ops.param, "head.bias", "forward")])
+
+
+@fault(0, "saved output .* shares storage with a parameter", after="specialize")
+def parameter_in_the_saved_list(graph: TrainGraph) -> None:
+    weight = graph.placeholder("param", "head.weight")
+    graph.set_outputs(saved=[*graph.outputs("saved"), min(weight.users)])
+
+
+@fault(2, "gelu_backward.* reads addmm.*, which the forward does not save")
+def value_missing_from_the_saved_list(graph: TrainGraph) -> None:
+    needed = find(graph, aten.gelu_backward.default).args[1]
+    graph.set_outputs(saved=[n for n in graph.outputs("saved") if n is not needed])
+
+
+@fault(2, "reads .*, which the forward does not save")
+def input_missing_from_the_saved_list(graph: TrainGraph) -> None:
+    target = graph.placeholder("input", "target")
+    graph.set_outputs(saved=[n for n in graph.outputs("saved") if n is not target])
+
+
+@fault(0, "reads buffer norm.running_mean after its update", model="batch_norm", after="normalize")
+def backward_reads_an_updated_buffer(graph: TrainGraph) -> None:
+    buffer = graph.placeholder("buffer", "norm.running_mean")
+    set_arg(find(graph, aten.native_batch_norm_backward.default), 3, buffer)
+
+
+# Parameters and their buckets
+
+
+@fault(0, "head.weight is still a whole parameter")
+def parameter_left_whole(graph: TrainGraph) -> None:
+    weight = find(graph, ops.param, "head.weight", "forward").meta["val"]
+    graph.add_placeholder("param", "head.weight", weight)
+
+
+@fault(3, "head.bias is read from b1, but lies in b3")
+def parameter_read_from_another_bucket(graph: TrainGraph) -> None:
+    view = find(graph, ops.param, "head.bias", "forward")
+    view.replace_input_with(gathered(graph, "b3"), gathered(graph, "b1"))
+
+
+@fault(1, "head.bias is read from another place than its own in b3")
+def parameter_read_from_a_wrong_offset(graph: TrainGraph) -> None:
+    set_arg(find(graph, ops.param, "head.bias", "forward"), 2, 0)
+
+
+@fault(1, "blocks.0.linear.weight is read from another place than its own in b1")
+def parameter_read_transposed(graph: TrainGraph) -> None:
+    set_arg(find(graph, ops.param, "blocks.0.linear.weight", "forward"), 4, [1, 8])
+
+
+@fault(3, "blocks.1.norm.weight in the forward is read from a shard")
+def dropped_gather(graph: TrainGraph) -> None:
+    gather = find(graph, ops.gather, "b2", "forward")
+    full = wait_of(gather)
+    drop(graph, next(u for u in full.users if is_call(u, ops.release)))
+    drop(graph, full, graph.placeholder("shard", "b2"))
+    drop(graph, gather)
+
+
+@fault(3, "blocks.1.norm.weight in the forward is read from a pending gather")
+def dropped_wait(graph: TrainGraph) -> None:
+    gather = find(graph, ops.gather, "b2", "forward")
+    drop(graph, wait_of(gather), gather)
+
+
+# Collectives
+
+
+@fault(3, "mul.* uses the gather of b1 in the forward without waiting for it")
+def pending_gather_is_used(graph: TrainGraph) -> None:
+    pending = find(graph, ops.gather, "b1", "forward")
+    with graph.inserting(pending.next, "forward") as insert:
+        insert(aten.mul.Tensor, pending, 2.0)
+
+
+@fault(2, "the output uses the reduce_scatter of b1 in the backward without waiting for it")
+def pending_reduction_is_returned(graph: TrainGraph) -> None:
+    pending = find(graph, ops.reduce_scatter, "b1")
+    graph.set_outputs(backward=[*graph.outputs("backward")[:-1], pending])
+
+
+@fault(1, "the refresh of b2 in the step has 0 waits, not one")
+def refresh_never_waited_for(graph: TrainGraph) -> None:
+    drop(graph, wait_of(find(graph, ops.refresh, "b2")))
+
+
+@fault(1, "the gather_partials in the step has 2 waits, not one")
+def waited_for_twice(graph: TrainGraph) -> None:
+    repeat(graph, wait_of(find(graph, ops.gather_partials)))
+
+
+@fault(2, "waits for what was never started")
+def wait_without_a_start(graph: TrainGraph) -> None:
+    find(graph, ops.accumulate, "b1").prepend(
+        graph.graph.create_node("call_function", ops.wait, (find(graph, aten.mm.default),))
+    )
+    node = find(graph, ops.accumulate, "b1").prev
+    node.meta.update(region="backward", val=None)
+
+
+@fault(2, "the reduce_scatter of b1 in the backward is waited for in the step")
+def waited_for_in_another_region(graph: TrainGraph) -> None:
+    sums, first = find(graph, ops.accumulate, "b1"), graph.first("step")
+    move(wait_of(find(graph, ops.reduce_scatter, "b1")), first, "step")
+    move(sums, first, "step")
+
+
+@fault(3, "the gather of b2 in the backward is for 4 ranks, not 8")
+def gather_for_a_wrong_world(graph: TrainGraph) -> None:
+    set_arg(find(graph, ops.gather, "b2", "backward"), 2, 4)
+
+
+@fault(0, "the all_reduce of b2 in the step is for 16 ranks, not 8")
+def reduction_for_a_wrong_world(graph: TrainGraph) -> None:
+    set_arg(find(graph, ops.all_reduce, "b2"), 2, 16)
+
+
+@fault(3, "the gather of b2 in the forward works on .* of bucket b1")
+def gather_of_another_buckets_shard(graph: TrainGraph) -> None:
+    set_arg(find(graph, ops.gather, "b2", "forward"), 0, graph.placeholder("shard", "b1"))
+
+
+@fault(2, "the refresh of b2 in the step works on .* of bucket b1")
+def refresh_from_another_buckets_shard(graph: TrainGraph) -> None:
+    set_arg(find(graph, ops.refresh, "b2"), 1, graph.placeholder("shard", "b1"))
+
+
+@fault(1, "the reduce_scatter of b2 in the step works on .* of bucket b1")
+def reduction_of_another_buckets_gradients(graph: TrainGraph) -> None:
+    set_arg(find(graph, ops.reduce_scatter, "b2"), 0, find(graph, ops.accumulate, "b1"))
+
+
+@fault(3, "the update of b2 in the step works on .* of bucket b1")
+def update_with_another_buckets_state(graph: TrainGraph) -> None:
+    update = find(graph, ops.update, "b2")
+    set_arg(update, 2, find(graph, ops.update, "b1").args[2])
+
+
+# Releases
+
+
+@fault(3, "reads bucket b1 after its release")
+def early_release(graph: TrainGraph) -> None:
+    full = gathered(graph, "b1")
+    move(find(graph, ops.release, "b1", "forward"), full.next)
+
+
+@fault(3, "reads bucket b2 after its release")
+def release_before_the_last_use_of_a_view_of_a_view(graph: TrainGraph) -> None:
+    user, _ = reading(graph, aten.t.default, "forward", "blocks.1.linear.weight")
+    move(find(graph, ops.release, "b2", "forward"), user.next)
+
+
+@fault(3, "the gather of b0 in the forward has 0 releases, not one")
+def missing_release(graph: TrainGraph) -> None:
+    drop(graph, find(graph, ops.release, "b0"))
+
+
+@fault(3, "the gather of b1 in the backward has 2 releases, not one")
+def double_release(graph: TrainGraph) -> None:
+    repeat(graph, find(graph, ops.release, "b1", "backward"))
+
+
+@fault(3, "the gather of b1 in the backward is released in another region")
+def release_in_another_region(graph: TrainGraph) -> None:
+    move(find(graph, ops.release, "b1", "backward"), graph.first("step"), "step")
+
+
+@fault(3, "release.* in the backward reads wait.*, which the forward made")
+def bucket_kept_from_the_forward_for_the_backward(graph: TrainGraph) -> None:
+    move(find(graph, ops.release, "b1", "forward"), graph.first("backward"), "backward")
+
+
+@fault(3, "the gather of b1 in the forward has 0 releases, not one")
+def gathered_twice_and_released_once(graph: TrainGraph) -> None:
+    again = repeat(graph, find(graph, ops.gather, "b1", "forward"))
+    with graph.inserting(again.next, "forward") as insert:
+        insert(ops.wait, again)
+
+
+@fault(3, "step output .* shares storage with a parameter")
+def step_output_is_a_view_of_a_gathered_bucket(graph: TrainGraph) -> None:
+    graph.set_outputs(step=[find(graph, ops.param, "head.bias", "forward")])
+
+
+@fault(3, "768 gathered elements are alive at once, more than the bound of 700")
+def bound_exceeded(graph: TrainGraph) -> None:
+    graph.notes["max_live"] = 700
+
+
+# Gradients
+
+
+@fault(3, "the buffer of b1, has 2 users, not one")
+def reduced_twice(graph: TrainGraph) -> None:
+    again = repeat(graph, find(graph, ops.reduce_scatter, "b1"))
+    with graph.inserting(again.next, "backward") as insert:
+        insert(ops.wait, again)
+
+
+@fault(0, "bucket b1 is reduced 2 times in the step")
+def reduced_twice_in_the_step(graph: TrainGraph) -> None:
+    again = repeat(graph, find(graph, ops.all_reduce, "b1"))
+    with graph.inserting(again.next, "step") as insert:
+        insert(ops.wait, again)
+
+
+@fault(3, "the buffer of b1 goes to accumulate.* unreduced")
+def missing_reduction(graph: TrainGraph) -> None:
+    reduction = find(graph, ops.reduce_scatter, "b1")
+    drop(graph, wait_of(reduction), reduction.args[0])
+    drop(graph, reduction)
+
+
+@fault(1, "bucket b1 is reduced 0 times in the step")
+def missing_reduction_in_the_step(graph: TrainGraph) -> None:
+    reduction = find(graph, ops.reduce_scatter, "b1")
+    drop(graph, wait_of(reduction), reduction.args[0])
+    drop(graph, reduction)
+
+
+@fault(2, "frozen bucket b0 has a gradient buffer")
+def frozen_bucket_reduced(graph: TrainGraph) -> None:
+    storage = graph.placeholder("full", "b0")
+    with graph.inserting(graph.end("backward"), "backward") as insert:
+        buffer = insert(ops.grad_buffer, storage, "b0", 128, torch.float32)
+        insert(ops.wait, insert(ops.reduce_scatter, buffer, "b0", WORLD))
+
+
+@fault(2, "bucket b1 has 0 gradient buffers, not one")
+def trained_bucket_without_a_buffer(graph: TrainGraph) -> None:
+    buffer = find(graph, ops.grad_buffer, "b1")
+    drop(graph, buffer, find(graph, aten.mm.default, region="backward"))
+
+
+@fault(2, "the gradient of head.bias is put to a wrong place of b3")
+def put_to_a_wrong_offset(graph: TrainGraph) -> None:
+    set_arg(find(graph, ops.put, "head.bias"), 3, 0)
+
+
+@fault(2, "the gradient of head.bias is put to a wrong place of b1")
+def put_to_another_bucket(graph: TrainGraph) -> None:
+    put = find(graph, ops.put, "head.bias")
+    last = find(graph, ops.reduce_scatter, "b1")
+    drop(graph, put, put.args[0])
+    with graph.inserting(last, "backward") as insert:
+        last.replace_input_with(last.args[0], insert(ops.put, last.args[0], *put.args[1:]))
+
+
+@fault(2, "the gradient of head.bias is reduced 2 times, not 1")
+def put_twice(graph: TrainGraph) -> None:
+    put = find(graph, ops.put, "head.bias")
+    again = repeat(graph, put)
+    put.replace_all_uses_with(again)
+    set_arg(again, 0, put)
+
+
+@fault(2, "the gradient of head.bias is reduced 0 times, not 1")
+def missing_put(graph: TrainGraph) -> None:
+    put = find(graph, ops.put, "head.bias")
+    drop(graph, put, put.args[0])
+
+
+@fault(2, "the buffer of b3, has 2 users, not one")
+def put_after_the_reduction_started(graph: TrainGraph) -> None:
+    reduction = find(graph, ops.reduce_scatter, "b3")
+    put = reduction.args[0]
+    reduction.replace_input_with(put, put.args[0])
+    move(put, reduction.next)
+
+
+@fault(2, "put_default.* is written to a buffer that is not its bucket's")
+def put_to_no_buffer(graph: TrainGraph) -> None:
+    put = find(graph, ops.put, "head.bias")
+    buffer = find(graph, ops.grad_buffer, "b3")
+    with graph.inserting(put, "backward") as insert:
+        insert(ops.put, insert(aten.clone.default, put.args[1]), *put.args[1:])
+    drop(graph, put, buffer)
+
+
+@fault(2, "the gradient of inlet.bias is put to a wrong place of b3")
+def frozen_parameter_put(graph: TrainGraph) -> None:
+    put = find(graph, ops.put, "head.bias")
+    again = repeat(graph, put)
+    put.replace_all_uses_with(again)
+    again.args = (put, put.args[1], "inlet.bias", *put.args[3:])
+
+
+# Accumulation
+
+
+@fault(1, "the buffer of b1, has 2 users, not one|gradients of b1 are accumulated 2 times")
+def accumulated_twice(graph: TrainGraph) -> None:
+    first = find(graph, ops.accumulate, "b1")
+    again = repeat(graph, first)
+    first.replace_all_uses_with(again)
+    set_arg(again, 0, first)
+
+
+@fault(2, "gradients of b1 are accumulated 2 times, not once")
+def shard_accumulated_onto_itself(graph: TrainGraph) -> None:
+    first = find(graph, ops.accumulate, "b1")
+    again = repeat(graph, first)
+    first.replace_all_uses_with(again)
+    again.args = (graph.placeholder("kept", "b1"), first, "b1", 1.0)
+
+
+@fault(3, "the gradients of b1 are not accumulated but go to")
+def missing_accumulation(graph: TrainGraph) -> None:
+    node = find(graph, ops.accumulate, "b1")
+    drop(graph, node, node.args[1])
+
+
+@fault(3, "accumulate.* is kept as the gradients of b3")
+def kept_gradients_swapped(graph: TrainGraph) -> None:
+    first, second, *rest = graph.outputs("backward")
+    graph.set_outputs(backward=[second, first, *rest])
+
+
+@fault(3, "accumulated with different weights")
+def one_bucket_weighs_less(graph: TrainGraph) -> None:
+    set_arg(find(graph, ops.accumulate, "b1"), 3, 0.5)
+
+
+# The step
+
+
+@fault(2, "bucket b1 is updated 0 times in the step, not once")
+def missing_update(graph: TrainGraph) -> None:
+    drop(graph, find(graph, ops.update, "b1"))
+
+
+@fault(3, "bucket b1 is updated 2 times in the step, not once")
+def updated_twice(graph: TrainGraph) -> None:
+    repeat(graph, find(graph, ops.update, "b1"))
+
+
+@fault(2, "bucket b1 is refreshed 0 times at stage 2")
+def missing_refresh(graph: TrainGraph) -> None:
+    refresh = find(graph, ops.refresh, "b1")
+    drop(graph, wait_of(refresh))
+    drop(graph, refresh)
+
+
+@fault(1, "bucket b1 is refreshed 2 times at stage 1")
+def refreshed_twice(graph: TrainGraph) -> None:
+    again = repeat(graph, find(graph, ops.refresh, "b1"))
+    with graph.inserting(again.next, "step") as insert:
+        insert(ops.wait, again)
+
+
+@fault(1, "bucket b1 is refreshed before its update")
+def refresh_before_update(graph: TrainGraph) -> None:
+    move(find(graph, ops.refresh, "b1"), find(graph, ops.update, "b1"))
+
+
+@fault(3, "bucket b1 is refreshed 1 times at stage 3")
+def refresh_at_stage_3(graph: TrainGraph) -> None:
+    shard = graph.placeholder("shard", "b1")
+    full = graph.add_placeholder("full", "b1", gathered(graph, "b1").meta["val"])
+    with graph.inserting(graph.output, "step") as insert:
+        insert(ops.wait, insert(ops.refresh, full, shard, "b1", WORLD))
+
+
+@fault(3, "norm_partials.* does not cover the gradients that are applied")
+def norm_leaves_a_bucket_out(graph: TrainGraph) -> None:
+    norm = find(graph, ops.norm_partials)
+    set_arg(norm, 0, norm.args[0][:-1])
+
+
+@fault(2, "norm_partials.* does not cover the gradients that are applied")
+def norm_counts_a_bucket_twice(graph: TrainGraph) -> None:
+    norm = find(graph, ops.norm_partials)
+    set_arg(norm, 0, [*norm.args[0], norm.args[0][0]])
+
+
+@fault(3, "the update of b1 in the step stands before norm_partials")
+def update_before_the_norm(graph: TrainGraph) -> None:
+    update = find(graph, ops.update, "b1")
+    set_arg(update, 6, None)
+    for other in graph.nodes("step"):
+        if is_call(other, ops.update):
+            set_arg(other, 6, None)
+    drop(graph, find(graph, ops.clip))
+    move(update, find(graph, ops.norm_partials))
+
+
+@fault(1, "the update of b2 in the step does not take the clipping factor")
+def update_unclipped(graph: TrainGraph) -> None:
+    set_arg(find(graph, ops.update, "b2"), 6, None)
+
+
+@fault(0, "the update of b1 in the step takes accumulate.*, which is not the mean over ranks")
+def update_with_this_ranks_own_gradients(graph: TrainGraph) -> None:
+    mean = wait_of(find(graph, ops.all_reduce, "b1"))
+    mean.replace_all_uses_with(find(graph, ops.accumulate, "b1"))
+
+
+@fault(2, "the update of .* does not know which parameters other ranks used", model="partly")
+def flags_of_this_rank_alone(graph: TrainGraph) -> None:
+    everyone = wait_of(find(graph, ops.any_rank))
+    everyone.replace_all_uses_with(graph.placeholder("used", "used"))
+
+
+# The tests
+
+
+@pytest.mark.parametrize("model", ["blocks", "batch_norm", "partly"])
+@pytest.mark.parametrize("stage", range(4))
+def test_good_plan_passes(stage: int, model: str) -> None:
+    graph, provided = good(stage, model=model)
+    verify.verify(graph, provided, "nothing")
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_is_caught(name: str) -> None:
+    graph, provided = FAULTS[name].broken()
+    with pytest.raises(VerifyError, match=FAULTS[name].says):
+        verify.verify(graph, provided, "seeding a fault")
+
+
+def test_message_names_the_pass() -> None:
+    graph, provided = FAULTS["missing_update"].broken()
+    with pytest.raises(VerifyError, match=r"^after pass lose_updates: bucket b1 is updated"):
+        verify.verify(graph, provided, "lose_updates")
+
+
+def test_there_are_many_faults() -> None:
+    assert len(FAULTS) >= 24
+
+
+@pytest.mark.parametrize("check", [check.__name__ for _, check in verify.CHECKS])
+def test_no_check_is_dead(check: str) -> None:
+    """Without this check some fault would go uncaught."""
+    assert {check} in [caught_by(name) for name in FAULTS]
+
+
+@functools.cache
+def caught_by(name: str) -> frozenset[str]:
+    """The checks that a fault breaks; one that stumbles over the broken graph counts as well."""
+    graph, provided = FAULTS[name].broken()
+    found = set()
+    for needs, check in verify.CHECKS:
+        if needs <= provided:
+            try:
+                problems = list(check(graph))
+            except Exception:
+                problems = ["stumbled"]
+            found.update([check.__name__] if problems else [])
+    return frozenset(found)
+
+
+def test_swapped_collectives_are_a_difference_of_signatures() -> None:
+    """What no rank can see alone: its collectives stand in another order than the others'."""
+    plan = tiny.planned(tiny.trace_of("blocks", WORLD), 3)
+    mine = ["step", *plan.signature()]
+    swapped = tiny.planned(tiny.trace_of("blocks", WORLD), 3)
+    first, second = (find(swapped.graph, ops.gather, b, "forward") for b in ("b1", "b2"))
+    move(second, first)
+    theirs = ["step", *swapped.signature()]
+    verify.verify(swapped.graph, good(3)[1], "swapping")  # a good graph, for itself
+    message = first_difference(0, mine, 5, theirs)
+    assert "ranks 0 and 5 differ in entry 2 of step" in message
+    assert "rank 0: forward gather b1 1024 bytes f32" in message
+    assert "rank 5: forward gather b2 1024 bytes f32" in message
+    assert not issubclass(AgreementError, VerifyError)
+
+
+def test_signature_is_in_the_order_of_the_graph() -> None:
+    signature = tiny.planned(tiny.trace_of("blocks", WORLD), 3).signature()
+    assert [" ".join(line.split()[:3]) for line in signature] == [
+        *(f"forward gather b{i}" for i in (0, 1, 2, 3)),
+        *(f"backward gather b{i}" for i in (3, 2, 1)),
+        *(f"backward reduce_scatter b{i}" for i in (3, 2, 1)),
+        "step gather_partials -",
+    ]

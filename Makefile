@@ -1,4 +1,4 @@
-# make demo    train a small Llama at ZeRO stage 3 on two processes (STEPS=150, RANKS=2)
+# make demo    train a small Llama at ZeRO stage 3 on two processes (STEPS=200, RANKS=2)
 # make test    the tests (TESTS="tests/test_config.py -k batch" for some of them)
 # make lint    ruff and mypy
 # make bench   the benchmarks: planning time, and one step beside DDP and fully_shard
@@ -8,7 +8,7 @@
 # interpreter: make PYTHON=python3.12 ...
 
 PYTHON ?= python3
-STEPS ?= 150
+STEPS ?= 200
 RANKS ?= 2
 TESTS ?=
 

@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -143,8 +144,8 @@ def _timed(
 
 def in_own_process(layers: int, profile: str | None) -> Measured:
     """`measure` in a fresh interpreter."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measure, (layers, profile))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, layers, profile).result()
 
 
 def table(results: Sequence[Measured]) -> str:

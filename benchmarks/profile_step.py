@@ -2,10 +2,10 @@
 
     python benchmarks/profile_step.py ["zerograph stage 3"] [--steps 5] [--json FILE]
 
-Every operator that the lowered programs call is counted in one of a few classes by torch's profiler:
-waiting for collectives and starting them, copies into gradient buffers, the optimizer, matrix products,
-other aten ops; the rest of the step is Python and autograd between the ops. Times are this rank's own,
-so waits include the other rank's lateness.
+Every operator that the lowered programs call is counted in one of a few classes by torch's
+profiler: waiting for collectives and starting them, copies into gradient buffers, the optimizer,
+matrix products, other aten ops; the rest of the step is Python and autograd between the ops. Times
+are this rank's own, so waits include the other rank's lateness.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from zerograph.codegen import kernels
 from zerograph.runtime.optimizer import ShardedOptimizer
 
 KERNELS = ("grad_buffer", "put", "accumulate", "norm_partials", "grad_norm", "clip")
+BETWEEN = "between the ops"
 CLASSES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("collectives: waiting", ("wait_tensor", "gloo:", "FSDP::")),
     ("collectives: starting", ("_c10d_functional::", "c10d::")),
@@ -50,8 +51,9 @@ def traced(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def class_of(name: str) -> str:
-    """The class of an operator."""
-    return next((label for label, parts in CLASSES if any(p in name for p in parts)), "other aten")
+    """The class of an event: an operator, or what runs between them (Python and autograd nodes)."""
+    rest = "other aten" if name.startswith("aten::") else BETWEEN
+    return next((label for label, parts in CLASSES if any(p in name for p in parts)), rest)
 
 
 def breakdown(profiled: Any, wall: float, steps: int) -> dict[str, float]:
@@ -75,7 +77,7 @@ def breakdown(profiled: Any, wall: float, steps: int) -> dict[str, float]:
         if counted and event.id not in inside:
             by_class[class_of(event.name)] += event.self_cpu_time_total
     found = {name: micros / 1e3 / steps for name, micros in by_class.items()}
-    found["between the ops"] = 1e3 * wall / steps - sum(found.values())
+    found[BETWEEN] = found.get(BETWEEN, 0.0) + 1e3 * wall / steps - sum(found.values())
     return dict(sorted(found.items(), key=lambda pair: -pair[1]))
 
 

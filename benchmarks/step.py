@@ -3,12 +3,11 @@
     python benchmarks/step.py [--json FILE] [--rounds 15] [--ranks 2]
     torchrun --nproc-per-node 2 benchmarks/step.py
 
-All contestants live in the same processes, one thread a rank, start from the same weights and see the
-same batches. They take turns, one step at a time, in an order that rotates, so that whatever else the
-machine does falls on all of them alike. A step's time is that of the slowest rank; its CPU time, the
-mean over ranks of all threads' work (gloo's included), hardly depends on what else the machine does.
-Ratios are medians of the ratios within a round, where contestants ran next to each other. Losses must
-agree to 5 digits.
+All contestants live in the same processes, one thread a rank, start from the same weights and see
+the same batches. They take turns, one step at a time, in an order that rotates, so that whatever
+else the machine does falls on all of them alike. A step's time is that of the slowest rank; its CPU
+time is the mean over ranks of all threads' work, gloo's included. Ratios are medians of the ratios
+within a round, where contestants ran next to each other. Losses must agree to 5 digits.
 """
 
 import argparse
@@ -182,7 +181,7 @@ def measure(steps: Mapping[str, Step], rounds: int) -> dict[str, Times]:
 
 
 def _one(step: Step, batch: Mapping[str, Tensor]) -> tuple[float, float, float]:
-    """One step that all ranks start together: the slowest rank's seconds, mean CPU seconds, loss."""
+    """One step, started together: seconds of the slowest rank, mean CPU seconds, this loss."""
     dist.barrier()
     start, cpu_start = time.perf_counter(), time.process_time()
     loss = step(batch)

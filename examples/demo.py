@@ -69,7 +69,7 @@ def boxed(text: str, title: str) -> Panel:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument(
         "--config", type=Path, default=Path(__file__).with_name("zero3.json"), metavar="FILE"
     )
@@ -80,15 +80,15 @@ def arguments() -> argparse.Namespace:
 
 
 def llama() -> nn.Module:
-    """A Llama of 6.6 million parameters over bytes."""
+    """A Llama of 5.2 million parameters over bytes."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=corpus.VOCABULARY,
-            hidden_size=256,
-            intermediate_size=704,
-            num_hidden_layers=8,
-            num_attention_heads=4,
-            num_key_value_heads=4,
+            hidden_size=320,
+            intermediate_size=880,
+            num_hidden_layers=4,
+            num_attention_heads=5,
+            num_key_value_heads=5,
             max_position_embeddings=512,
             bos_token_id=None,
             eos_token_id=None,

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import zerograph
@@ -159,3 +159,110 @@ def state_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return worst
 
 
+
+
+def compare_gradients(rank: int, world: int, name: str) -> dict[int, Any]:
+    """Per stage: the gradient error against DDP, and the norm of the first update."""
+    model = make(name)
+    wrapped = DistributedDataParallel(model)
+    loss_of(wrapped(**batch_for(name, rank))).backward()
+    expected = _gradients(model)
+    report = {}
+    for stage in range(4):
+        engine = zerograph.compile(make(name), config_for(stage))
+        engine.backward(loss_of(engine(**batch_for(name, rank))))
+        error = gradient_error(engine.gradients(), expected)
+        engine.step()
+        report[stage] = (error, engine.get_global_grad_norm())
+    return report
+
+
+def compare_accumulation(rank: int, world: int) -> dict[str, Any]:
+    """Four micro-batches of 2 beside one batch of 8, and the stages beside each other."""
+    name = "llama"
+    batches = [batch_for(name, rank * 4 + i) for i in range(4)]
+    whole = {key: torch.cat([b[key] for b in batches]) for key in batches[0]}
+    gradients, states = {}, {}
+    report: dict[str, Any] = {}
+    for stage in range(4):
+        config = config_for(
+            stage, train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=4
+        )
+        engine = zerograph.compile(make(name), config)
+        before = engine.state_dict()
+        for index, batch in enumerate(batches):
+            engine.backward(loss_of(engine(**batch)))
+            if index == 3:
+                gradients[stage] = engine.gradients()
+            engine.step()
+            if index < 3:
+                report["off the boundary nothing changes"] = not differing(
+                    engine.state_dict(), before
+                )
+        states[stage] = engine.state_dict()
+        assert engine.global_steps == 1
+    reference = zerograph.compile(make(name), config_for(3))
+    loss_of(reference(**whole)).backward()
+    expected = {n: g for n, g in reference.gradients().items() if g is not None}
+    for stage in range(4):
+        error = max(
+            (gradients[stage][n] - g).abs().max().item() / (1e-6 * g.abs().max().item())
+            for n, g in expected.items()
+        )
+        report[f"stage {stage} error"] = error
+    report["0 and 1"] = differing(gradients[0], gradients[1]) + differing(states[0], states[1])
+    report["2 and 3"] = differing(gradients[2], gradients[3]) + differing(states[2], states[3])
+    return report
+
+
+def compare_bf16(rank: int, world: int) -> dict[Any, list[float]]:
+    """Losses of twenty steps in bf16 under fully_shard's same policy, and ours at each stage."""
+    name, steps = "llama", 20
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
+    model = make(name)
+    for layer in model.model.layers:
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    optimizer = torch_optimizer("AdamW", model.parameters())
+    losses: dict[Any, list[float]] = {"fully_shard": []}
+    for step in range(steps):
+        loss = loss_of(model(**batch_for(name, rank + 10 * (step % 3))))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses["fully_shard"].append(loss.item())
+    for stage in range(4):
+        engine = zerograph.compile(make(name), config_for(stage, bf16={"enabled": True}))
+        losses[stage] = []
+        for step in range(steps):
+            loss = loss_of(engine(**batch_for(name, rank + 10 * (step % 3))))
+            engine.backward(loss)
+            engine.step()
+            losses[stage].append(loss.item())
+    return losses
+
+
+def compare_clipping(rank: int, world: int) -> dict[int, tuple[float, float]]:
+    """Per stage: the state error after five clipped steps, and the relative error of the last norm.
+
+    With SGD: AdamW divides a gradient that is all rounding by itself, so that the last bit of the clip
+    factor decides the sign of an update.
+    """
+    name, limit = "llama", 0.5
+    model = make(name)
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch_optimizer("SGD", model.parameters())
+    norm = torch.zeros(())
+    for step in range(STEPS):
+        loss_of(wrapped(**batch_for(name, rank + 10 * step))).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert norm > limit, "nothing was clipped"
+    expected = _cpu(model.state_dict())
+    report = {}
+    for stage in range(4):
+        found = ours(name, rank, stage, "SGD", gradient_clipping=limit)
+        error = abs(found["norms"][-1] / norm.item() - 1)
+        report[stage] = (state_error(found["state"], expected), error)
+    return report

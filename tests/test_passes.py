@@ -1,0 +1,610 @@
+"""Each pass on a small graph: what goes in, what comes out, and that the numbers stay the same."""
+
+import copy
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from tests import tiny
+from zerograph import ops, pipeline
+from zerograph.cost import peak_gathered
+from zerograph.errors import PlanError
+from zerograph.ir import TrainGraph, is_call, region_of, role_of, view_root
+from zerograph.layout import Layout
+from zerograph.passes import (
+    Gather,
+    Normalize,
+    Reduce,
+    Release,
+    Schedule,
+    Shard,
+    Specialize,
+    Update,
+)
+from zerograph.passes.lower import Program
+from zerograph.plan import Plan
+from zerograph.text import text
+from zerograph.trace import Trace
+
+aten = torch.ops.aten
+COLLECTIVES = (
+    *("all_reduce", "all_reduce_", "reduce_scatter_tensor"),
+    *("all_gather_into_tensor", "all_gather_into_tensor_out"),
+)
+ADAM = Update(rule="adamw", states=("exp_avg", "exp_avg_sq"), scalars=5)
+
+
+def after(passes: list[pipeline.Pass], trace: Trace | None = None) -> TrainGraph:
+    """The MLP's graph (or another's) after some passes."""
+    graph = (trace or tiny.trace_of("mlp", 4)).graph.copy()
+    pipeline.run(graph, passes)
+    return graph
+
+
+def lines(graph: TrainGraph, region: str) -> list[str]:
+    """The region's lines of the canonical text, without bytes and modules."""
+    body = text(graph, "").split(f"{region}(", 1)[1].splitlines()[1:]
+    end = next((i for i, line in enumerate(body) if not line.startswith("  ")), len(body))
+    return [line.split("  # ")[0].strip() for line in body[:end]]
+
+
+def zero_lines(graph: TrainGraph, region: str) -> list[str]:
+    return [line for line in lines(graph, region) if "zero." in line]
+
+
+def calls(graph: TrainGraph, target: Any, region: Any = None) -> list[fx.Node]:
+    return [n for n in graph.nodes(region) if is_call(n, target)]
+
+
+# Order
+
+
+def test_a_pass_without_what_it_requires_is_refused_before_anything_runs() -> None:
+    graph = tiny.trace_of("mlp", 4).graph.copy()
+    before = text(graph, "")
+    with pytest.raises(
+        PlanError,
+        match=r"pass shard requires specialized, which no pass before it provides "
+        r"\(passes so far: normalize\)",
+    ):
+        pipeline.run(graph, [Normalize(), Shard(3)])
+    assert text(graph, "") == before
+
+
+@pytest.mark.parametrize(
+    "each", [Specialize(), Shard(3), Gather(0), Release(), Reduce(1), ADAM, Schedule(0, 100)]
+)
+def test_no_pass_but_the_first_may_come_first(each: pipeline.Pass) -> None:
+    with pytest.raises(PlanError, match=rf"pass {each.name} requires .* \(passes so far: none\)"):
+        pipeline.run(tiny.trace_of("mlp", 4).graph.copy(), [each])
+
+
+def test_history_keeps_words_and_text_of_every_pass() -> None:
+    history = tiny.planned(tiny.trace_of("mlp", 4), 3).history
+    assert history.names() == [
+        *("trace", "normalize", "specialize", "shard", "gather", "release", "reduce"),
+        *("update", "schedule"),
+    ]
+    assert all(f"| after {r.name}\n" in r.text for r in history.records)
+    assert history["gather"] == history[4]
+    assert {r.name: r.did for r in history.records}["reduce"] == "1 buckets reduced"
+    with pytest.raises(PlanError, match="no pass 'offload'; the passes are trace, normalize"):
+        history["offload"]
+
+
+# normalize
+
+
+def test_normalize_makes_a_view_again_that_the_backward_reuses() -> None:
+    graph = tiny.trace_of("mlp", 4).graph.copy()
+    weight = graph.placeholder("param", "second.weight")
+    reused = [n for n in weight.users if {region_of(u) for u in n.users} == {"forward", "backward"}]
+    assert reused, "autograd reads the forward's t(w) in the backward"
+    pipeline.run(graph, [Normalize()])
+    assert {region_of(user) for user in weight.users} == {"forward", "backward"}
+    for view in weight.users:
+        assert {region_of(user) for user in view.users} == {region_of(view)}
+
+
+def test_normalize_lets_no_view_of_a_parameter_cross() -> None:
+    graph = after([Normalize()])
+    for node in graph.nodes("backward"):
+        for source in node.all_input_nodes:
+            if source.op == "call_function" and region_of(source) == "forward":
+                assert view_root(source).op == "call_function"
+
+
+class ReturnsWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.linear(x).square().mean(), self.linear.weight.t()
+
+
+def test_normalize_copies_an_output_that_is_a_view_of_a_parameter() -> None:
+    trace = tiny.traced(ReturnsWeight(), (torch.ones(2, 8),), 4)
+    graph = after([Normalize()], trace)
+    _, shown = graph.outputs("forward")
+    assert is_call(shown, aten.clone.default)
+    made = tiny.planned(trace, 3)
+    release = calls(made.graph, ops.release, "forward")[-1]
+    assert made.graph.outputs("forward")[1] < release
+
+
+def test_normalize_keeps_the_old_value_of_a_buffer_that_the_forward_updates() -> None:
+    graph = tiny.trace_of("batch_norm", 4).graph.copy()
+    buffer = graph.placeholder("buffer", "norm.running_mean")
+    backward = calls(graph, aten.native_batch_norm_backward.default)[0]
+    backward.args = (*backward.args[:3], buffer, *backward.args[4:])
+    pipeline.run(graph, [Normalize(), Specialize()])
+    old = backward.args[3]
+    assert is_call(old, aten.clone.default) and old.args == (buffer,)
+    assert old is graph.nodes("forward")[0], "copied before the update can happen"
+    assert old in graph.outputs("saved") and buffer not in graph.outputs("saved")
+
+
+def test_normalize_removes_identities() -> None:
+    graph = tiny.trace_of("mlp", 4).graph.copy()
+    relu = calls(graph, aten.relu.default)[0]
+    with graph.inserting(relu.next, "forward") as insert:
+        alias = insert(aten.detach.default, relu)
+    relu.replace_all_uses_with(alias, delete_user_cb=lambda user: user is not alias)
+    pipeline.run(graph, [Normalize()])
+    assert not calls(graph, aten.detach.default)
+
+
+# specialize
+
+
+def specialized(model: nn.Module, *arriving: str) -> TrainGraph:
+    trace = tiny.traced(model, tiny.batch(), 4)
+    return after([Normalize(), Specialize(arriving)], trace)
+
+
+def test_specialize_drops_a_gradient_of_the_logits_that_does_not_arrive() -> None:
+    both = specialized(tiny.Blocks(), "loss", "logits")
+    loss = specialized(tiny.Blocks(), "loss")
+    assert [role_of(n).name for n in both.placeholders("tangent")] == ["loss", "logits"]
+    assert [role_of(n).name for n in loss.placeholders("tangent")] == ["loss"]
+    assert len(both.nodes("backward")) == len(loss.nodes("backward")) + 1  # the addition
+    assert loss.unused == both.unused == ()
+    assert {r.name for r in loss.results if r.differentiable} == {"loss", "logits"}
+
+
+def test_specialize_saves_the_same_whichever_gradients_arrive() -> None:
+    saved = {
+        arriving: [n.name for n in specialized(tiny.Partly(), *arriving).outputs("saved")]
+        for arriving in [("loss",), ("aside",), ("loss", "aside")]
+    }
+    assert saved["loss",] == saved["aside",] == saved["loss", "aside"]
+
+
+@pytest.mark.parametrize(
+    "arriving, unused",
+    [
+        (("loss",), ("other.weight", "other.bias")),
+        (("aside",), ("head.weight", "head.bias")),
+        (("loss", "aside"), ()),
+    ],
+)
+def test_specialize_drops_the_gradients_of_what_another_loss_used(
+    arriving: tuple[str, ...], unused: tuple[str, ...]
+) -> None:
+    graph = specialized(tiny.Partly(), *arriving)
+    assert graph.unused == unused
+    assert not {g.name for g in graph.gradients} & set(unused)
+    assert len(graph.gradients) == len(graph.outputs("backward")) == 6 - len(unused)
+
+
+class Stacked(nn.Module):
+    """A loss, and a stack of two values that the loss is made of: gradients meet in additions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, target: Tensor) -> dict[str, Tensor]:
+        hidden = self.linear(x)
+        return {"loss": F.mse_loss(hidden, target), "both": torch.stack([hidden, hidden.sin()])}
+
+
+def test_specialize_of_a_loss_beside_a_stack() -> None:
+    check_specialized(Stacked(), ["loss"])
+    check_specialized(Stacked(), ["both"])
+
+
+def test_specialize_puts_zeros_where_an_addition_cannot_be_dropped() -> None:
+    """`add(zero, x)` whose result has another shape than x is not x."""
+    graph = tiny.trace_of("partly", 4).graph.copy()
+    tangents = {role_of(n).name: n for n in graph.placeholders("tangent")}
+    first = graph.first("backward")
+    with graph.inserting(first, "backward") as insert:
+        wide = insert(aten.expand.default, tangents["aside"], [3])
+        total = insert(aten.add.Tensor, wide, tangents["loss"])
+        scalar = insert(aten.sum.default, total)
+    for user in [u for u in tangents["loss"].users if u is not total]:
+        user.replace_input_with(tangents["loss"], scalar)
+    pipeline.run(graph, [Normalize(), Specialize(("loss",))])
+    zeros, added = total.all_input_nodes
+    assert is_call(zeros, aten.full.default) and zeros.args == ([3], 0)
+    assert added is tangents["loss"]
+    assert [role_of(n).name for n in graph.placeholders("tangent")] == ["loss"]
+
+
+def test_specialize_keeps_a_scaled_addition() -> None:
+    """`add(zero, x, alpha=2)` is not x either."""
+    graph = tiny.trace_of("partly", 4).graph.copy()
+    tangents = {role_of(n).name: n for n in graph.placeholders("tangent")}
+    with graph.inserting(graph.first("backward"), "backward") as insert:
+        total = insert(aten.add.Tensor, tangents["aside"], tangents["loss"], alpha=2)
+    for user in [u for u in tangents["loss"].users if u is not total]:
+        user.replace_input_with(tangents["loss"], total)
+    pipeline.run(graph, [Normalize(), Specialize(("loss",))])
+    assert total in graph.nodes() and is_call(total.all_input_nodes[0], aten.full.default)
+
+
+# Numbers before and after
+
+
+def run_graph(graph: TrainGraph, values: dict[tuple[str, str], Tensor]) -> dict[str, Any]:
+    """Interpret the joint graph on real values, by role; its outputs by section."""
+    given = [values[role_of(n).kind, role_of(n).name] for n in graph.placeholders()]
+    graph.module.recompile()
+    torch.manual_seed(5)
+    found: dict[str, Any] = fx.Interpreter(graph.module).run(*given, enable_io_processing=False)
+    return found
+
+
+def values_of(model: nn.Module, trace: Trace, seed: int = 1) -> dict[tuple[str, str], Tensor]:
+    torch.manual_seed(seed)
+    values: dict[tuple[str, str], Tensor] = {}
+    for node in trace.graph.placeholders():
+        role, value = role_of(node), node.meta["val"]
+        sources = {"param": model.get_parameter, "buffer": model.get_buffer}
+        if role.kind in sources:
+            values[role.kind, role.name] = sources[role.kind](role.name).detach().clone()
+        else:
+            values[role.kind, role.name] = torch.randn(value.shape, dtype=value.dtype)
+    return values
+
+
+def same(one: Any, other: Any) -> None:
+    assert len(one) == len(other)
+    for left, right in zip(one, other, strict=True):
+        assert left is right is None or torch.equal(left, right)
+
+
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_normalize_and_specialize_keep_every_bit(name: str) -> None:
+    trace = tiny.trace_of(name, 4)
+    torch.manual_seed(0)
+    values = values_of(tiny.MODELS[name](), trace)
+    before = run_graph(trace.graph.copy(), values)
+    for passes in ([Normalize()], [Normalize(), Specialize()]):
+        now = run_graph(after(passes, trace), values)
+        same(now["forward"], before["forward"])
+        same(now["backward"], before["backward"])
+
+
+def check_specialized(model: nn.Module, arriving: list[str]) -> None:
+    """The same bits as the whole backward with zeros for the gradients that do not arrive."""
+    trace = tiny.traced(model, tiny.batch(), 4)
+    values = values_of(model, trace)
+    for role in [role_of(n) for n in trace.graph.placeholders("tangent")]:
+        if role.name not in arriving:
+            values["tangent", role.name].zero_()
+    before = run_graph(trace.graph.copy(), values)
+    graph = after([Normalize(), Specialize(tuple(arriving))], trace)
+    now = run_graph(graph, values)
+    whole = dict(zip(trace.graph.gradients, before["backward"], strict=True))
+    for gradient, value in zip(graph.gradients, now["backward"], strict=True):
+        assert torch.equal(value, whole.pop(gradient)), gradient
+    for gradient, value in whole.items():
+        assert not value.any(), f"{gradient} was dropped"
+
+
+@pytest.mark.parametrize("arriving", [["loss"], ["aside"], []])
+def test_specialized_backward_of_two_losses(arriving: list[str]) -> None:
+    check_specialized(tiny.Partly(), arriving)
+
+
+@pytest.mark.parametrize("arriving", [["loss"], ["logits"]])
+def test_specialized_backward_of_loss_and_logits(arriving: list[str]) -> None:
+    check_specialized(tiny.Blocks(dropout=0.0), arriving)
+
+
+# shard, gather, release, reduce, update
+
+
+UP_TO_RELEASE = [Normalize(), Specialize(), Shard(3), Gather(0), Release()]
+
+
+def test_shard_reads_parameters_as_views_of_their_bucket() -> None:
+    graph = after([Normalize(), Specialize(), Shard(1)])
+    assert not graph.placeholders("param")
+    assert [role_of(n).name for n in graph.placeholders("full")] == ["b0"]
+    assert lines(graph, "forward")[:4] == [
+        "%first.weight: f32[8,8] = zero.param %b0.full",
+        "%0: f32[8,8] = aten.t(%first.weight)",
+        "%first.bias: f32[8] = zero.param %b0.full",
+        "%1: f32[4,8] = aten.addmm(%first.bias, %x, %0)",
+    ]
+    for view in calls(graph, ops.param):
+        param = graph.layout.params[view.args[1]]
+        assert view.args[2:] == (param.offset, list(param.shape), list(param.stride))
+
+
+def test_shard_at_stage_3_leaves_a_slice() -> None:
+    graph = after([Normalize(), Specialize(), Shard(3), Gather(0)])
+    (shard,) = graph.placeholders("shard")
+    assert shard.meta["val"].numel() * 4 == graph.layout.buckets["b0"].numel
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_gather_has_nothing_to_do_below_stage_3(stage: int) -> None:
+    graph = after([Normalize(), Specialize(), Shard(stage), Gather(0), Release()])
+    assert not calls(graph, ops.gather) and not calls(graph, ops.release)
+
+
+def test_gather_and_release_stand_around_each_blocks_uses() -> None:
+    graph = after(UP_TO_RELEASE, tiny.trace_of("blocks", 4))
+    assert zero_lines(graph, "forward")[:5] == [
+        "%b0 = zero.gather b0",
+        "zero.wait %b0",
+        "%inlet.weight: f32[8,8] = zero.param %b0",
+        "%inlet.bias: f32[8] = zero.param %b0",
+        "zero.release %b0",
+    ]
+    for region, buckets in (("forward", "b0 b1 b2 b3"), ("backward", "b3 b2 b1")):
+        steps = [line for line in zero_lines(graph, region) if "param" not in line]
+        expected = []
+        for b in buckets.split():
+            expected += [f"%{b} = zero.gather {b}", f"zero.wait %{b}", f"zero.release %{b}"]
+        assert steps == expected
+
+
+class Tied(nn.Module):
+    """One matrix at the start and at the end, layers in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 8, bias=False)
+        self.layers = nn.ModuleList(tiny.Block(8, 0.0) for _ in range(2))
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        x = self.embed(x)
+        for layer in self.layers:
+            x = layer(x)
+        return F.mse_loss(F.linear(x, self.embed.weight), target)
+
+
+@pytest.mark.parametrize(
+    "distance, order",
+    [(0, "b0 b1 b2 b0"), (175, "b0 b1 b2 b0"), (176, "b0 b1 b2"), (10**9, "b0 b1 b2")],
+)
+def test_max_reuse_distance_decides_whether_a_tied_matrix_is_gathered_again(
+    distance: int, order: str
+) -> None:
+    """Between its two uses lie two blocks of 88 elements, padding left out."""
+    trace = tiny.traced(Tied(), tiny.batch(), 4)
+    graph = after([Normalize(), Specialize(), Shard(3), Gather(distance), Release()], trace)
+    found = [n.args[1] for n in calls(graph, ops.gather, "forward")]
+    assert found == order.split()
+
+
+def test_a_kept_bucket_counts_while_it_is_kept() -> None:
+    trace = tiny.traced(Tied(), tiny.batch(), 4)
+    passes = [Normalize(), Specialize(), Shard(3)]
+    apart = after([*passes, Gather(0), Release()], trace)
+    kept = after([*passes, Gather(10**9), Release()], trace)
+    assert peak_gathered(apart) == 192
+    assert peak_gathered(kept) == 192 + 64
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_reduce_fills_a_buffer_and_scatters_it(stage: int) -> None:
+    graph = after([Normalize(), Specialize(), Shard(stage), Gather(0), Reduce(2)])
+    made = zero_lines(graph, "backward")
+    made = made[made.index("%b0.grad: f32[256] = zero.grad_buffer b0") + 1 :]
+    puts = [line.split('"')[1] for line in made if "zero.put" in line]
+    assert sorted(puts) == sorted(graph.layout.params)
+    assert [line for line in made if "zero.put" not in line and "zero.param" not in line] == [
+        "%b0.mean: f32[64] = zero.reduce_scatter %b0.grad",
+        "zero.wait %b0.mean",
+        "%b0.sum: f32[64] = zero.accumulate %b0.kept, %b0.mean, 0.5",
+    ]
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_reduce_only_accumulates_below_stage_2(stage: int) -> None:
+    graph = after([Normalize(), Specialize(), Shard(stage), Gather(0), Reduce(1)])
+    assert not calls(graph, ops.reduce_scatter) and not calls(graph, ops.all_reduce)
+    assert lines(graph, "backward")[-2:] == [
+        "%b0.sum: f32[256] = zero.accumulate %b0.kept, %b0.grad",
+        "return b0=%b0.sum",
+    ]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_update_steps(stage: int) -> None:
+    clipped = Update(rule="sgd", states=(), scalars=4, max_norm=2.0)
+    graph = after([Normalize(), Specialize(), Shard(stage), Gather(0), Reduce(1), clipped])
+    mean = "%b0.mean" if stage < 2 else "%b0.sum"
+    slices = "full" if stage == 0 else "shard"
+    reduction = {0: "%b0.mean: f32[256] = zero.all_reduce %b0.sum"}
+    reduction[1] = "%b0.mean: f32[64] = zero.reduce_scatter %b0.sum"
+    expected = [reduction[stage], "zero.wait %b0.mean"] if stage < 2 else []
+    expected += [f"%partial: f64[{4 if stage == 0 else 1}] = zero.norm_partials [{mean}]"]
+    expected[-1] += ", 4" if stage == 0 else ", 1"
+    if stage > 0:
+        expected += ["%partials: f64[4] = zero.gather_partials %partial", "zero.wait %partials"]
+    expected += [
+        f"%norm: f64[] = zero.grad_norm {'%partial' if stage == 0 else '%partials'}",
+        "%factor: f32[] = zero.clip %norm, 2.0",
+        f"zero.update.sgd %b0.{slices}, {mean}, [], %hyper, %used, factor=%factor",
+    ]
+    if stage in (1, 2):
+        refresh = "%b0.full: f32[256] = zero.refresh %b0.full, %b0.shard"
+        expected += [refresh, "zero.wait %b0.full"]
+    assert lines(graph, "step") == [*expected, "return norm=%norm"]
+
+
+def test_update_asks_other_ranks_only_where_a_gradient_may_be_missing() -> None:
+    partly, blocks = (tiny.planned(tiny.trace_of(n, 4), 2).graph for n in ("partly", "blocks"))
+    assert partly.unused and len(calls(partly, ops.any_rank)) == 1
+    assert not blocks.unused and not calls(blocks, ops.any_rank)
+
+
+# lower
+
+
+class Optimizer:
+    """Stands for `hyper` in a lowered step; writes down what it is asked to update."""
+
+    def __init__(self) -> None:
+        self.updated: dict[str, Tensor] = {}
+
+    def update(self, bucket: str, master: Tensor, grad: Tensor, *rest: Any) -> None:
+        self.updated[bucket] = grad.clone()
+        master.sub_(grad, alpha=0.1)
+
+
+def flat(layout: Layout, model: nn.Module, bucket: str) -> Tensor:
+    values = torch.zeros(layout.buckets[bucket].numel)
+    for param in layout.bucket_params(bucket):
+        place = values.as_strided(param.shape, param.stride, param.offset)
+        place.copy_(model.get_parameter(param.name).detach())
+    return values
+
+
+def run_programs(plan: Plan, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """Run a step of a world of one: "forward" results, "gradients" by name, and the "step"'s."""
+    layout = plan.graph.layout
+    buckets = {name: flat(layout, model, name) for name in layout.buckets}
+    optimizer = Optimizer()
+    saved: dict[str, Tensor] = {}
+    kept: dict[str, Tensor | None] = dict.fromkeys(layout.buckets)
+
+    def values(program: Program) -> list[Any]:
+        tables: dict[str, Any] = {"input": inputs, "saved": saved, "kept": kept}
+        tables |= dict.fromkeys(("full", "shard"), buckets)
+        tables |= {"tangent": {"loss": torch.ones(())}, "hyper": {"hyper": optimizer}}
+        return [tables[r.kind][r.name] if r.kind in tables else None for r in program.inputs]
+
+    forward, backward, step = (plan.program(r) for r in ("forward", "backward", "step"))
+    returned = forward.module(values(forward))
+    results, kept_back = returned[: forward.outputs], returned[forward.outputs :]
+    saved.update(zip(forward.saved, kept_back, strict=True))
+    grads = backward.module(values(backward))
+    kept.update({g.name: v.clone() for g, v in zip(plan.graph.gradients, grads, strict=True)})
+    gradients = {
+        p.name: kept[p.bucket].as_strided(p.shape, p.stride, p.offset).clone()
+        for p in layout.params.values()
+        if p.trainable
+    }
+    (norm,) = step.module(values(step))
+    return {"results": results, "gradients": gradients, "norm": norm, "optimizer": optimizer}
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_lowered_programs_of_one_rank_are_eager_to_the_bit(stage: int) -> None:
+    torch.manual_seed(0)
+    model, inputs = tiny.Blocks(), tiny.batch()
+    plan = tiny.planned(tiny.trace_of("blocks", 1), stage, gradient_clipping=0.0)
+    eager = copy.deepcopy(model)
+    torch.manual_seed(3)
+    expected = eager(**inputs)
+    expected["loss"].backward()
+    torch.manual_seed(3)
+    found = run_programs(plan, model, inputs)
+    same(found["results"], (expected["loss"], expected["logits"]))
+    trained = {n: p for n, p in eager.named_parameters() if p.requires_grad}
+    assert found["gradients"].keys() == trained.keys()
+    for name, parameter in trained.items():
+        assert torch.equal(found["gradients"][name], parameter.grad), name
+    norm = nn.utils.get_total_norm([p.grad for p in trained.values()])
+    torch.testing.assert_close(found["norm"].float(), norm)
+    assert found["optimizer"].updated.keys() == {"b1", "b2", "b3"}
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_lowered_programs_of_one_rank_have_no_collective(stage: int) -> None:
+    plan = tiny.planned(tiny.trace_of("blocks", 1), stage)
+    for region in ("forward", "backward", "step"):
+        assert "_c10d_functional" not in plan.program(region).module.code
+
+
+def test_a_program_empties_the_list_of_its_inputs() -> None:
+    plan = tiny.planned(tiny.trace_of("mlp", 1), 0)
+    torch.manual_seed(0)
+    model = tiny.Mlp()
+    program = plan.program("forward")
+    tables: dict[str, Any] = {"full": {"b0": flat(plan.graph.layout, model, "b0")}}
+    tables["input"] = tiny.batch()
+    values = [tables[role.kind][role.name] for role in program.inputs]
+    loss, *_ = program.module(values)
+    assert values == []
+    assert torch.equal(loss, model(**tiny.batch()))
+
+
+@pytest.mark.parametrize("region", ["forward", "backward"])
+def test_no_copy_out_of_a_gathered_bucket(region: Any) -> None:
+    plan = tiny.planned(tiny.trace_of("blocks", 8), 3)
+    nodes = list(plan.program(region).module.graph.nodes)
+    functional = torch.ops._c10d_functional
+    gathers = [n for n in nodes if n.target is functional.all_gather_into_tensor.default]
+    assert [g.args[1:] for g in gathers] == [(8, "dp")] * (4 if region == "forward" else 3)
+    views = []
+    for gather in gathers:
+        (wait,) = gather.users
+        assert wait.target is functional.wait_tensor.default
+        assert {user.target for user in wait.users} == {aten.as_strided.default}
+        views += list(wait.users)
+    assert len(views) == len(calls(plan.graph, ops.param, region))
+    assert {n for n in nodes if n.target is aten.as_strided.default} == set(views)
+    copies = (aten.clone.default, aten.copy.default, aten._to_copy.default)
+    assert not [user for view in views for user in view.users if user.target in copies]
+
+
+@pytest.mark.parametrize(
+    "stage, region, expected",
+    [
+        (0, "backward", []),
+        (0, "step", ["all_reduce_"] * 3),
+        (1, "step", ["reduce_scatter_tensor"] * 3 + ["all_gather_into_tensor"]),
+        (2, "backward", ["reduce_scatter_tensor"] * 3),
+        (3, "step", ["all_gather_into_tensor"]),
+    ],
+)
+def test_collectives_of_each_stage(stage: int, region: Any, expected: list[str]) -> None:
+    plan = tiny.planned(tiny.trace_of("blocks", 8), stage)
+    names = [str(n.target).split(".")[1:3] for n in plan.program(region).module.graph.nodes]
+    found = [name[0] for name in names if len(name) == 2 and name[0] in COLLECTIVES]
+    refreshes = ["all_gather_into_tensor_out"] * 3 if (stage, region) == (1, "step") else []
+    assert found == expected + refreshes
+
+
+def test_only_padding_of_a_gradient_buffer_is_zeroed() -> None:
+    """As (start, stop): what lies behind each parameter's last element."""
+    plan = tiny.planned(tiny.trace_of("partly", 8), 2)
+    (buffer,) = (
+        n
+        for n in plan.program("backward").module.graph.nodes
+        if getattr(n.target, "__name__", "") == "grad_buffer"
+    )
+    layout = plan.graph.layout
+    written = [layout.params[n] for n in layout.buckets["b0"].params if n not in plan.graph.unused]
+    covered = torch.zeros(layout.buckets["b0"].numel, dtype=torch.int)
+    for param in written:
+        covered[param.offset : param.offset + param.numel] += 1
+    for start, stop in buffer.args[3]:
+        covered[start:stop] += 1
+    assert covered.eq(1).all()
+    gaps = buffer.args[3]
+    assert all(one[1] < other[0] for one, other in pairwise(gaps)), "neighbours are joined"

@@ -67,9 +67,7 @@ def fsdp(name: str, rank: int) -> dict[str, Any]:
     fully_shard(model)
     loss = loss_of(model(**batch_for(name, rank)))
     loss.backward()
-    gradients = {
-        n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None
-    }
+    gradients = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
     return {"loss": loss.detach(), "gradients": gradients}
 
 
@@ -88,9 +86,7 @@ def ours(name: str, rank: int, stage: int, optimizer: str, **extra: Any) -> dict
 
 
 def _gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
-    }
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def _cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -159,8 +155,6 @@ def state_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return worst
 
 
-
-
 def compare_gradients(rank: int, world: int, name: str) -> dict[int, Any]:
     """Per stage: the gradient error against DDP, and the norm of the first update."""
     model = make(name)
@@ -185,9 +179,7 @@ def compare_accumulation(rank: int, world: int) -> dict[str, Any]:
     gradients, states = {}, {}
     report: dict[str, Any] = {}
     for stage in range(4):
-        config = config_for(
-            stage, train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=4
-        )
+        config = config_for(stage, train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=4)
         engine = zerograph.compile(make(name), config)
         before = engine.state_dict()
         for index, batch in enumerate(batches):

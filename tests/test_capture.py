@@ -23,7 +23,9 @@ def engine_of(model: nn.Module, **changes: Any) -> zerograph.Engine:
     return zerograph.compile(model, {**CONFIG, **changes})
 
 
-def check_step(model: nn.Module, *args: Any, loss: Any = loss_of, **kwargs: Any) -> zerograph.Engine:
+def check_step(
+    model: nn.Module, *args: Any, loss: Any = loss_of, **kwargs: Any
+) -> zerograph.Engine:
     """One forward and backward gives eager's loss and gradients, bit for bit."""
     eager = copy.deepcopy(model)
     engine = engine_of(model)
@@ -425,7 +427,7 @@ def test_backward_of_something_else_is_refused() -> None:
         engine.backward(engine(x()))
     with torch.no_grad():
         loss = total(engine(x()))
-    with pytest.raises(PlanError, match="outside torch.no_grad"):
+    with pytest.raises(PlanError, match=r"outside torch\.no_grad"):
         engine.backward(loss)
 
 

@@ -431,6 +431,23 @@ def test_reduce_only_accumulates_below_stage_2(stage: int) -> None:
     ]
 
 
+class NamedLikeABucket(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, b0: Tensor) -> Tensor:
+        return self.linear(x).square().sum() + b0.sum()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_an_input_may_be_called_like_a_bucket(stage: int) -> None:
+    inputs = {"x": torch.ones(2, 8), "b0": torch.ones(3)}
+    graph = tiny.planned(tiny.traced(NamedLikeABucket(), inputs, 4), stage).graph
+    (buffer,) = calls(graph, ops.grad_buffer)
+    assert role_of(buffer.args[0]).kind in ("full", "shard")
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_update_steps(stage: int) -> None:
     clipped = Update(rule="sgd", states=(), scalars=4, max_norm=2.0)

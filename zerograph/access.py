@@ -10,6 +10,7 @@ from zerograph.errors import PlanError
 from zerograph.runtime import values
 from zerograph.runtime.state import State
 
+
 @contextmanager
 def gathered(
     what: Engine | nn.Parameter | Iterable[nn.Parameter], *, modifier_rank: int | None = None

@@ -89,11 +89,15 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     graph_output = graph.graph_copy(module.graph, {})
     graph.output(tuple(graph_output))  # type: ignore[arg-type]
     flat = fx.GraphModule(module, graph)
-    return Captured(flat, inputs, outputs, rebuilt, module.meta["tracing_context"], module.meta["fake_mode"])
+    return Captured(
+        flat, inputs, outputs, rebuilt, module.meta["tracing_context"], module.meta["fake_mode"]
+    )
 
 
 def _example(node: Any) -> Any:
-    return node.meta.get("example_value", node.meta.get("val")) if isinstance(node, fx.Node) else node
+    return (
+        node.meta.get("example_value", node.meta.get("val")) if isinstance(node, fx.Node) else node
+    )
 
 
 def export_joint(captured: Captured) -> fx.GraphModule:
@@ -124,7 +128,11 @@ def _export_joint(captured: Captured) -> tuple[fx.GraphModule, list[int]]:
         exported = aot_export_joint_with_descriptors(
             stack, captured.module, tuple(captured.inputs), {}
         )
-        plain = (OutputType.non_alias, OutputType.unsafe_view_alias, OutputType.custom_function_view)
+        plain = (
+            OutputType.non_alias,
+            OutputType.unsafe_view_alias,
+            OutputType.custom_function_view,
+        )
         infos = exported._aot_state.fw_metadata.output_info
         aliased = [i for i, info in enumerate(infos) if info.output_type not in plain]
         return exported.graph_module, aliased
@@ -188,6 +196,6 @@ def clear_saved(ctx: Any) -> None:
         clear()
 
 
-def default_store() -> dist.Store:
+def default_store() -> Any:
     """The key-value store of the default process group."""
     return dist.distributed_c10d._get_default_store()

@@ -114,7 +114,9 @@ def _gathered_peaks(graph: TrainGraph) -> tuple[int, int]:
 
 def _unread(graph: TrainGraph) -> int:
     """Bytes of buckets that this graph does not read but a rank holds all the same."""
-    present = {role_of(n).name for n in graph.placeholders() if role_of(n).kind in ("full", "shard")}
+    present = {
+        role_of(n).name for n in graph.placeholders() if role_of(n).kind in ("full", "shard")
+    }
     share = graph.world if graph.stage == 3 else 1
     return sum(b.nbytes // share for b in graph.layout.buckets.values() if b.name not in present)
 
@@ -131,7 +133,9 @@ def _padding(graph: TrainGraph) -> int:
 def _storage(node: fx.Node) -> fx.Node:
     """The node that owns a node's storage, through views, waits and writes in place."""
     while True:
-        through = is_call(node, ops.wait, ops.put) or (is_view(node) and not is_call(node, ops.param))
+        through = is_call(node, ops.wait, ops.put) or (
+            is_view(node) and not is_call(node, ops.param)
+        )
         if is_call(node, ops.param) or through:
             node = cast(fx.Node, node.args[0])
         else:
@@ -161,7 +165,8 @@ def _live_peak(graph: TrainGraph, region: str) -> int:
             if result is not None:
                 last[_storage(result)] = None
     alive = sum(nbytes(n) for n in last if n not in own and not _always_there(n))
-    peak, ends = alive, defaultdict(int)
+    peak = alive
+    ends: dict[fx.Node, int] = defaultdict(int)
     for owner, final in last.items():
         if final is not None and not _always_there(owner):
             ends[final] += nbytes(owner)
@@ -175,4 +180,3 @@ def _live_peak(graph: TrainGraph, region: str) -> int:
 
 def _always_there(node: fx.Node) -> bool:
     return node.op == "placeholder" and role_of(node).kind in _RESIDENT
-

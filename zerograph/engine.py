@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from zerograph.codegen.optimizers import Rule
 from zerograph.config import ZeroConfig, load_config
@@ -77,12 +78,14 @@ class Engine:
         layout = layout_of(model, world.size, precision, param_groups)
         spec = optimizer_of(config, layout)
         self._agreement = Agreement(world)
-        self._agreement.agree(f"the layout of {type(model).__name__}", self._layout_lines(layout, spec))
+        self._agreement.agree(
+            f"the layout of {type(model).__name__}", self._layout_lines(layout, spec)
+        )
         states = spec.states if spec else ()
         self.state = State.take_over(model, layout, precision, stage, world, states)
         object.__setattr__(model, "_zerograph_engine", True)
         self.optimizer = ShardedOptimizer(spec.rule, spec.groups, self.state) if spec else None
-        self.lr_scheduler = scheduler_of(config, self.optimizer)
+        self.lr_scheduler: LRScheduler | None = scheduler_of(config, self.optimizer)
         self.micro_steps = 0
         self.global_steps = 0
         self._programs: dict[Hashable, Compiled] = {}
@@ -250,7 +253,10 @@ class Engine:
     def _update(self) -> None:
         if self._step_program is None or self.optimizer is None:
             raise PlanError("engine.step() before any forward with gradients; nothing to apply")
-        planned, program = self._step_program
+        _, program = self._step_program
+        for storage in self.state.storages.values():
+            if storage.kept is None and storage.bucket.trainable:
+                raise PlanError("engine.step() before any backward since the last update")
         inputs: list[Any] = []
         for role in program.inputs:
             if role.kind == "used":
@@ -259,9 +265,6 @@ class Engine:
                 inputs.append(self.optimizer)
             else:
                 inputs.append(self.state.resolve(role))
-        for storage in self.state.storages.values():
-            if storage.kept is None and storage.bucket.trainable:
-                raise PlanError("engine.step() before any backward since the last update")
         self.state.drop_gradients()
         (norm,) = program.module(inputs)
         self._norm = float(norm)

@@ -23,7 +23,12 @@ _CHANGES = (
 )
 """A phrase in what dynamo says, and what to change."""
 
-_UNHELPFUL = ("report an issue", "running eager", "graph break is fundamental", "reorderable_logging")
+_UNHELPFUL = (
+    "report an issue",
+    "running eager",
+    "graph break is fundamental",
+    "reorderable_logging",
+)
 
 
 @contextmanager
@@ -48,7 +53,9 @@ def _own_exception(call: Callable[[], Any], mode: FakeTensorMode) -> Exception |
         with mode:
             call()
     except Exception as error:
-        unreal = type(error).__module__.startswith(("torch._subclasses", "torch._dynamo", "torch.fx"))
+        unreal = type(error).__module__.startswith(
+            ("torch._subclasses", "torch._dynamo", "torch.fx")
+        )
         return None if unreal else error
     return None
 
@@ -61,7 +68,9 @@ def explanation(model: nn.Module, error: Exception) -> str:
     why = _said(lines, "Explanation") or [reason]
     hints = [h for h in _said(lines, "Hint") if not any(u in h for u in _UNHELPFUL)]
     known = [change for phrase, change in _CHANGES if phrase.lower() in text.lower()]
-    change = (known + hints + ["rewrite it with tensor operations, or move it out of the forward"])[0]
+    change = (known + hints + ["rewrite it with tensor operations, or move it out of the forward"])[
+        0
+    ]
     return (
         f"{type(model).__name__}.forward cannot be captured as one graph: {reason}\n"
         f"{_user_line(error)}"

@@ -119,7 +119,7 @@ class TrainGraph:
 
     @property
     def output(self) -> fx.Node:
-        return next(iter(self.graph.find_nodes(op="output")))
+        return self.graph.output_node()
 
     def outputs(self, section: str) -> tuple[fx.Node | None, ...]:
         sections = cast(dict[str, Sequence[fx.Node | None]], self.output.args[0])

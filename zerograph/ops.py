@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-_library = torch.library.Library("zero", "DEF")
+_library = torch.library.Library("zero", "DEF")  # type: ignore[no-untyped-call]
 
 
 def _define(schema: str) -> Callable[[Callable[..., Any]], OpOverload]:
@@ -37,7 +37,7 @@ def _define(schema: str) -> Callable[[Callable[..., Any]], OpOverload]:
 
     def register(fake: Callable[..., Any]) -> OpOverload:
         name = schema.partition("(")[0]
-        _library.define(schema)
+        _library.define(schema)  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"zero::{name}", fake, lib=_library)
         overload: OpOverload = getattr(torch.ops.zero, name).default
         return overload
@@ -70,7 +70,9 @@ def grad_buffer(like: Tensor, bucket: str, numel: int, dtype: torch.dtype) -> Te
     return like.new_empty(numel, dtype=dtype)
 
 
-@_define("put(Tensor buffer, Tensor grad, str name, int offset, int[] size, int[] stride) -> Tensor")
+@_define(
+    "put(Tensor buffer, Tensor grad, str name, int offset, int[] size, int[] stride) -> Tensor"
+)
 def put(
     buffer: Tensor, grad: Tensor, name: str, offset: int, size: list[int], stride: list[int]
 ) -> Tensor:

@@ -186,7 +186,12 @@ def default_arriving(graph: TrainGraph) -> tuple[str, ...]:
     if losses:
         return tuple(losses)
     first = next((n for n in graph.outputs("forward") if n is not None), None)
-    if names and first is not None and first.meta["val"].dim() == 0 and names[0] == graph.results[0].name:
+    if (
+        names
+        and first is not None
+        and first.meta["val"].dim() == 0
+        and names[0] == graph.results[0].name
+    ):
         return (names[0],)
     return tuple(names)
 
@@ -232,5 +237,3 @@ def optimizer_of(config: ZeroConfig, layout: Layout) -> OptimizerSpec | None:
                 f"have; it has {', '.join(base)}"
             )
     return OptimizerSpec(rule, tuple({**base, **group} for group in layout.groups))
-
-

@@ -262,7 +262,10 @@ def _label(entry: Any) -> str:
 def _skeleton(nodes: list[fx.Node], names: dict[fx.Node, str]) -> list[str]:
     """zero.* lines with runs of aten ops between them folded; values of aten ops have no number."""
     lines: list[str] = []
-    folded = {n: ("%_" if not ops.is_zero(n.target) and n.op != "placeholder" else v) for n, v in names.items()}
+    folded = {
+        n: ("%_" if not ops.is_zero(n.target) and n.op != "placeholder" else v)
+        for n, v in names.items()
+    }
     aten = False
     for node in nodes:
         if ops.is_zero(node.target):

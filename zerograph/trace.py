@@ -344,4 +344,3 @@ def _call_path(path: str, model: nn.Module, positional: int) -> str:
     index, _, inner = rest.partition(".")
     name = names[int(index)] if int(index) < len(names) else f"arg{index}"
     return f"{name}.{inner}" if inner else name
-

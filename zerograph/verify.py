@@ -349,11 +349,11 @@ CHECKS: tuple[tuple[frozenset[str], Check], ...] = (
     (_HAS({"gathered"}), _collectives_are_waited_for),
     (_HAS({"gathered"}), _buckets_stay_apart),
     (_HAS({"released"}), _gathers_are_released),
-    (_HAS({"released"}), _bound_holds),
     (_HAS({"reduced"}), _gradients_are_reduced_once),
     (_HAS({"reduced"}), _accumulated_once),
     (_HAS({"updated"}), _updated_once),
     (_HAS({"updated"}), _updates_agree),
     (_HAS({"updated"}), _norm_covers_all),
+    (_HAS({"scheduled"}), _bound_holds),
 )
 """What must have been provided, and the check that then holds. The order is that of the passes."""

@@ -45,7 +45,11 @@ def _adam(decoupled: bool) -> Apply:
     """Adam in the operation order of torch's unfused loop, whose bits it then has."""
 
     def apply(
-        master: Tensor, grad: Tensor, states: Sequence[Tensor], options: Mapping[str, Any], step: int
+        master: Tensor,
+        grad: Tensor,
+        states: Sequence[Tensor],
+        options: Mapping[str, Any],
+        step: int,
     ) -> None:
         beta1, beta2 = options["betas"]
         lr, decay = options["lr"], options["weight_decay"]

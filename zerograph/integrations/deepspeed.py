@@ -1,9 +1,9 @@
 """The names that a DeepSpeed training script calls first, thin over the same engine.
 
-    parser = zerograph.add_config_arguments(parser)
-    zerograph.init_distributed()
-    engine, optimizer, dataloader, scheduler = zerograph.initialize(
-        args=args, model=model, model_parameters=model.parameters(), training_data=dataset)
+parser = zerograph.add_config_arguments(parser)
+zerograph.init_distributed()
+engine, optimizer, dataloader, scheduler = zerograph.initialize(
+    args=args, model=model, model_parameters=model.parameters(), training_data=dataset)
 """
 
 import argparse
@@ -63,7 +63,9 @@ def initialize(
             f"initialize(optimizer={type(optimizer).__name__}(...)): client optimizers are not supported "
             "yet; name AdamW, Adam or SGD in the config's `optimizer` section"
         )
-    engine = compile(model, _config(args, config, config_params), param_groups=_groups(model, model_parameters))
+    engine = compile(
+        model, _config(args, config, config_params), param_groups=_groups(model, model_parameters)
+    )
     if isinstance(lr_scheduler, LRScheduler):
         raise PlanError(
             "initialize(lr_scheduler=...): give a function from the optimizer to a scheduler, since the "
@@ -71,7 +73,9 @@ def initialize(
         )
     if lr_scheduler is not None:
         if engine.optimizer is None:
-            raise PlanError("initialize(lr_scheduler=...) needs an `optimizer` section in the config")
+            raise PlanError(
+                "initialize(lr_scheduler=...) needs an `optimizer` section in the config"
+            )
         engine.lr_scheduler = lr_scheduler(engine.optimizer)
     loader = None if training_data is None else _loader(engine, training_data, collate_fn)
     return engine, engine.optimizer, loader, engine.lr_scheduler
@@ -113,4 +117,6 @@ def _loader(
     sampler: DistributedSampler[Any] = DistributedSampler(
         data, num_replicas=engine.world.size, rank=engine.world.rank
     )
-    return DataLoader(data, batch_size=micro, sampler=sampler, collate_fn=collate_fn, drop_last=True)
+    return DataLoader(
+        data, batch_size=micro, sampler=sampler, collate_fn=collate_fn, drop_last=True
+    )

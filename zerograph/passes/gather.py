@@ -33,9 +33,10 @@ class Gather:
         if graph.stage < 3:
             return "every rank holds the full buckets"
         count = 0
-        for region in ("forward", "backward"):
-            for uses in list(self._runs(graph, cast(Region, region))):
-                _gather_for(graph, uses, cast(Region, region))
+        regions: tuple[Region, ...] = ("forward", "backward")
+        for region in regions:
+            for uses in list(self._runs(graph, region)):
+                _gather_for(graph, uses, region)
                 count += 1
         return f"{count} gathers"
 

@@ -70,7 +70,9 @@ class _Builder:
         returned = [self.values[n] if n is not None else None for n in (*results, *saved)]
         self.out.output(tuple(returned))
         self.out.set_codegen(_Boxed())
-        module = fx.GraphModule(self.graph.module, self.out, class_name=f"Zero{self.region.title()}")
+        module = fx.GraphModule(
+            self.graph.module, self.out, class_name=f"Zero{self.region.title()}"
+        )
         names = tuple(n.name for n in saved if n is not None)
         return Program(self.region, module, tuple(self.inputs), len(results), names)
 
@@ -206,10 +208,12 @@ def _any_rank(b: _Builder, node: fx.Node) -> fx.Node:
 def _update(b: _Builder, node: fx.Node) -> fx.Node:
     """The `hyper` input carries the optimizer's groups, step counts and rule, and applies it."""
     master, grad, state, low, hyper, used, factor, bucket, _ = b.args(node)
-    return b.out.call_method("update", (hyper, bucket, master, grad, state, low, used, factor))
+    args = (hyper, bucket, master, grad, state, low, used, factor)
+    return b.out.call_method("update", args)
 
 
 def _refresh(b: _Builder, node: fx.Node) -> fx.Node:
+    full: fx.Node
     full, shard, _, world = b.args(node)
     if b.graph.world == 1:
         return full
@@ -237,7 +241,7 @@ _HANDLERS: dict[Any, Handler] = {
 }
 
 
-class _Boxed(fx.CodeGen):
+class _Boxed(fx.graph.CodeGen):
     """Code that takes its inputs in a list and empties it."""
 
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **options: Any) -> str:

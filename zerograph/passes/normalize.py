@@ -77,7 +77,7 @@ def _remake_views(graph: TrainGraph) -> int:
     gradients = list(graph.outputs("backward"))
     for index, node in enumerate(gradients):
         if node in chains:
-            gradients[index] = _again(graph, cast(fx.Node, node), graph.end("backward"), made)
+            gradients[index] = _again(graph, node, graph.end("backward"), made)
     graph.set_outputs(backward=gradients)
     return len(made)
 
@@ -92,9 +92,7 @@ def _again(
     if not _is_param(source):
         source = _again(graph, source, before, made)
     with graph.graph.inserting_before(before):
-        made[view] = graph.graph.node_copy(
-            view, lambda n: source if n is view.args[0] else n
-        )
+        made[view] = graph.graph.node_copy(view, lambda n: source if n is view.args[0] else n)
     made[view].meta["region"] = "backward"
     return made[view]
 

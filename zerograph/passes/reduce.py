@@ -16,7 +16,7 @@ graph has, so that the order of collectives never depends on them. Each backward
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar
 
 from torch import fx
 
@@ -41,7 +41,7 @@ class Reduce:
         order = {node: index for index, node in enumerate(graph.graph.nodes)}
         for bucket in reversed(graph.layout.trainable_buckets()):
             found = {p: grads.get(Gradient("param", p)) for p in bucket.params}
-            present = {p: cast(fx.Node, n) for p, n in found.items() if n is not None}
+            present = {p: n for p, n in found.items() if n is not None}
             in_order = sorted(present, key=lambda p: order[present[p]])
             filled = _fill(graph, bucket, {p: present[p] for p in in_order})
             kept.append((Gradient("kept", bucket.name), self._reduce(graph, bucket, filled)))
@@ -61,7 +61,6 @@ class Reduce:
             if partitioned:
                 grad = insert(ops.wait, insert(ops.reduce_scatter, grad, bucket.name, graph.world))
             return insert(ops.accumulate, kept, grad, bucket.name, 1 / self.accumulation)
-
 
 
 def _fill(graph: TrainGraph, bucket: Bucket, grads: dict[str, fx.Node]) -> fx.Node:
@@ -89,4 +88,3 @@ def _behind(graph: TrainGraph, grad: fx.Node) -> fx.Node:
 
 def _later(graph: TrainGraph, one: fx.Node, other: fx.Node) -> fx.Node:
     return other if one < other else one
-

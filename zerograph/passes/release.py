@@ -42,10 +42,9 @@ def aliases(full: fx.Node) -> set[fx.Node]:
     found, stack = {full}, [full]
     while stack:
         for user in stack.pop().users:
-            if user.op == "call_function" and is_view(user) and user not in found:
-                if user.args[0] in found:
-                    found.add(user)
-                    stack.append(user)
+            if user not in found and is_view(user) and user.args[0] in found:
+                found.add(user)
+                stack.append(user)
     return found
 
 

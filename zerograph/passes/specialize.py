@@ -33,7 +33,9 @@ class Specialize:
         graph.set_outputs(saved=_saved(graph))
         tangents = graph.placeholders("tangent")
         absent = [
-            t for t in tangents if self.arriving is not None and role_of(t).name not in self.arriving
+            t
+            for t in tangents
+            if self.arriving is not None and role_of(t).name not in self.arriving
         ]
         zeros = _propagate(graph, set(tangents), set(absent))
         _drop_gradients(graph, zeros)
@@ -123,5 +125,3 @@ def _without_gradient(graph: TrainGraph) -> tuple[str, ...]:
     have = {g.name for g in graph.gradients if g.kind == "param"}
     params = graph.layout.params.values()
     return tuple(p.name for p in params if p.trainable and p.name not in have)
-
-

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import count, zip_longest
-
-import torch.distributed as dist
+from typing import Any
 
 from zerograph import compat
 from zerograph.errors import AgreementError
@@ -52,7 +51,7 @@ class Agreement:
             raise AgreementError(verdict)
         self._agreed.add(digest)
 
-    def _compare(self, store: dist.Store, prefix: str, text: str, digest: str) -> str:
+    def _compare(self, store: Any, prefix: str, text: str, digest: str) -> str:
         for rank in range(1, self.world.size):
             try:
                 theirs = self._read(store, f"{prefix}/digest/{rank}", rank, text.split("\n")[0])
@@ -63,7 +62,7 @@ class Agreement:
                 return first_difference(0, text.split("\n"), rank, other.split("\n"))
         return "agreed"
 
-    def _read(self, store: dist.Store, key: str, rank: int, what: str) -> str:
+    def _read(self, store: Any, key: str, rank: int, what: str) -> str:
         try:
             store.wait([key], self.timeout * (2 if key.endswith("verdict") else 1))
         except (RuntimeError, ValueError) as error:
@@ -71,7 +70,7 @@ class Agreement:
                 f"rank {rank} did not reach the agreement on {what} within "
                 f"{self.timeout.total_seconds():.0f} s: it failed, or runs another kind of step"
             ) from error
-        return store.get(key).decode()
+        return str(store.get(key).decode())
 
 
 def first_difference(one: int, mine: Sequence[str], other: int, theirs: Sequence[str]) -> str:

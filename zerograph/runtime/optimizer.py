@@ -55,7 +55,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if not used[index] or low >= high:
                 continue
             run = Run(low, high, param.group, self._steps[index])
-            if runs and (runs[-1].stop, runs[-1].group, runs[-1].step) == (low, run.group, run.step):
+            if runs and (runs[-1].stop, runs[-1].group, runs[-1].step) == (
+                low,
+                run.group,
+                run.step,
+            ):
                 run = Run(runs.pop().start, high, run.group, run.step)
             runs.append(run)
         return runs

@@ -8,7 +8,7 @@ The backward program is made for the gradients that arrive, at the first backwar
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -170,6 +170,6 @@ class _Step(torch.autograd.Function):
         compat.clear_saved(ctx)
         entries = [r for r in graph.results if r.kind == "output"]
         arrived = {r.name: g for r, g in zip(entries, gradients, strict=True) if g is not None}
-        answers = ctx.runner.backward(compiled, saved, cast(dict[str, Tensor], arrived))
+        answers = ctx.runner.backward(compiled, saved, arrived)
         names = [role_of(node).name for node in graph.placeholders("input")]
         return (None, None, None, *(answers.get(name) for name in names))

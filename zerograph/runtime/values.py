@@ -151,7 +151,9 @@ def _check(own: Mapping[str, Any], given: Mapping[str, Any], strict: bool) -> No
         if isinstance(ours, Tensor) and isinstance(theirs, Tensor) and ours.shape != theirs.shape:
             problems.append(f"{key} has shape {list(theirs.shape)}, the model {list(ours.shape)}")
     if problems:
-        raise PlanError("the state dict does not fit the model; nothing was loaded\n  " + "\n  ".join(problems))
+        raise PlanError(
+            "the state dict does not fit the model; nothing was loaded\n  " + "\n  ".join(problems)
+        )
 
 
 @torch.no_grad()

@@ -73,7 +73,11 @@ def current_world(device: str | torch.device | None = None) -> World:
     """The world of this process, joining the process group if torchrun started it."""
     init_distributed()
     if device is None:
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+        device = (
+            torch.device("cuda", torch.cuda.current_device())
+            if torch.cuda.is_available()
+            else "cpu"
+        )
     chosen = torch.device(device)
     if not dist.is_initialized():
         return World(0, 1, chosen, None)

@@ -35,7 +35,8 @@ BARS = "▁▂▃▄▅▆▇█"
 def main() -> int:
     args = arguments()
     config = json.loads(args.config.read_text())
-    config["scheduler"]["params"]["total_num_steps"] = max(args.steps, 20)
+    if "total_num_steps" in config.get("scheduler", {}).get("params", {}):
+        config["scheduler"]["params"]["total_num_steps"] = max(args.steps, 20)
     logging.set_verbosity_error()
     torch.manual_seed(0)
 
@@ -100,7 +101,7 @@ def llama() -> nn.Module:
 def steps(engine: zerograph.Engine, text: Tensor, count: int, console: Console) -> Iterator[float]:
     """Train for `count` steps; yields the loss of each, averaged over ranks."""
     generator = torch.Generator().manual_seed(engine.world.rank)
-    size = engine.batch.micro_batch_size
+    size = engine.batch.micro_batch_size or 4
     console.print("tracing the model and planning the step ...")
     start, recent = time.perf_counter(), []
     with progress(console) as bar:

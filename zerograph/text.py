@@ -28,7 +28,7 @@ _DROPPED = ("device", "layout", "pin_memory")
 
 def text(graph: TrainGraph, after: str, *, skeleton: bool = False) -> str:
     """The canonical text of `graph` after the pass named `after`."""
-    names = _names(graph)
+    names = _folded(_names(graph)) if skeleton else _names(graph)
     lines = [
         f"# zerograph {VERSION} | {graph.model} | stage {graph.stage} | world {graph.world} "
         f"| after {after}",
@@ -259,18 +259,18 @@ def _label(entry: Any) -> str:
     return prefix.get(entry.kind, "") + str(entry.name)
 
 
+def _folded(names: dict[fx.Node, str]) -> dict[fx.Node, str]:
+    """Names in a skeleton: values of aten ops have no number, which torch's decompositions decide."""
+    named = {n: n.op == "placeholder" or ops.is_zero(n.target) for n in names}
+    return {n: name if named[n] else "%_" for n, name in names.items()}
+
+
 def _skeleton(nodes: list[fx.Node], names: dict[fx.Node, str]) -> list[str]:
-    """zero.* lines with runs of aten ops between them folded; values of aten ops have no number."""
+    """zero.* lines, with each run of aten ops between them folded into one."""
     lines: list[str] = []
-    folded = {
-        n: ("%_" if not ops.is_zero(n.target) and n.op != "placeholder" else v)
-        for n, v in names.items()
-    }
-    aten = False
     for node in nodes:
         if ops.is_zero(node.target):
-            lines.append(_line(node, folded))
-        elif not aten:
+            lines.append(_line(node, names))
+        elif not lines or lines[-1] != "  ...":
             lines.append("  ...")
-        aten = not ops.is_zero(node.target)
     return lines

@@ -231,8 +231,9 @@ def _module_name(node: fx.Node) -> str:
     last = next(reversed(list(stack.values())), None)
     if last is None:
         return ""
-    path = re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", str(last[0]))
-    parts = [p for p in path.split(".") if p and p not in ("L", "self", "_modules")]
+    path = re.sub(r"^L\[['\"][^\]]*['\"]\]", "", str(last[0]))  # the name of forward's own `self`
+    path = re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", path)
+    parts = [p for p in path.split(".") if p and p != "_modules"]
     return ".".join(parts)
 
 

@@ -37,6 +37,7 @@ class Schedule:
     provides: ClassVar[frozenset[str]] = frozenset({"scheduled"})
 
     def apply(self, graph: TrainGraph) -> str:
+        _check_bound(graph, self.max_live)
         moved = sum(self._prefetch(graph, region) for region in REGIONS)
         sunk = self._sink(graph)
         return f"{moved} gathers started early, {sunk} reductions finished late"
@@ -50,8 +51,6 @@ class Schedule:
         nodes = graph.nodes(region)
         gathers = [n for n in nodes if is_call(n, ops.gather)]
         live = _live_at_slots(nodes)
-        for gather, total in zip(gathers, live, strict=True):
-            _check_bound(graph, gather, total, self.max_live)
         slot, moved = 0, 0
         for index, gather in enumerate(gathers):
             slot = self._earliest(gathers, index, slot, live)
@@ -74,6 +73,8 @@ class Schedule:
     def _sink(self, graph: TrainGraph) -> int:
         """Move each reduction's wait, and the accumulation behind it, later in the backward."""
         starts = [n for n in graph.nodes("backward") if is_call(n, ops.reduce_scatter)]
+        if self.in_flight < 2:
+            return 0
         for index, start in enumerate(starts):
             wait = _wait_of(start)
             accumulate = next(iter(wait.users))
@@ -105,9 +106,15 @@ def _live_at_slots(nodes: list[fx.Node]) -> list[int]:
     return at_wait
 
 
-def _check_bound(graph: TrainGraph, gather: fx.Node, total: int, bound: int) -> None:
+def _check_bound(graph: TrainGraph, bound: int) -> None:
     """Gathered just in time, more must not be alive than allowed: nothing can be moved later."""
-    if total > bound:
+    nodes = graph.nodes()
+    gathers = [n for n in nodes if is_call(n, ops.gather)]
+    live = _live_at_slots(nodes)
+    total, gather = max(
+        zip(live, gathers, strict=True), default=(0, None), key=lambda pair: pair[0]
+    )
+    if gather is not None and total > bound:
         bucket = graph.layout.buckets[cast(str, gather.args[1])]
         raise PlanError(
             f"zero_optimization.stage3_max_live_parameters is {bound:,}, but {total:,} gathered "

@@ -37,8 +37,9 @@ def split(text: Tensor, share: float = 0.05) -> tuple[Tensor, Tensor]:
 
 
 def decode(tokens: Tensor) -> str:
-    """Tokens back to text; bytes that are not UTF-8 show as a replacement character."""
-    return bytes(tokens.tolist()).decode("utf-8", errors="replace")
+    """Tokens back to text; what is not UTF-8, and control codes, show as a replacement character."""
+    text = bytes(tokens.tolist()).decode("utf-8", errors="replace")
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 class Windows(Dataset[dict[str, Tensor]]):

@@ -26,7 +26,8 @@ ZERO_ROWS = (
     ),
     *advises(
         under(_ZERO, "stage3_max_reuse_distance"),
-        "a gathered bucket is released after its last use in each region",
+        "it decides within the forward and within the backward; from one to the other a bucket is always "
+        "gathered again",
     ),
     *advises(
         under(

@@ -1,0 +1,124 @@
+"""The names that a DeepSpeed script calls, and the config's learning-rate schedules."""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+import zerograph
+from zerograph.errors import ConfigError, PlanError
+
+ROOT = Path(__file__).parent.parent
+CONFIG: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": 4,
+    "optimizer": {"type": "AdamW", "params": {"lr": 0.1}},
+    "zero_optimization": {"stage": 2},
+}
+
+
+class Points(Dataset[Any]):
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.full((3,), float(index))
+
+
+def test_initialize_answers_the_four_parts(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps(CONFIG))
+    parser = zerograph.add_config_arguments(argparse.ArgumentParser())
+    args = parser.parse_args(["--deepspeed", "--deepspeed_config", str(tmp_path / "ds.json")])
+    model = nn.Linear(3, 2)
+    zerograph.init_distributed()
+    engine, optimizer, loader, scheduler = zerograph.initialize(
+        args=args, model=model, model_parameters=model.parameters(), training_data=Points()
+    )
+    assert optimizer is engine.optimizer and isinstance(optimizer, torch.optim.Optimizer)
+    assert scheduler is None
+    before = engine.state_dict()
+    batches = list(loader)
+    assert [len(b) for b in batches] == [4, 4]
+    for batch in batches:
+        loss = engine(batch).square().mean()
+        engine.backward(loss)
+        engine.step()
+    assert engine.global_steps == 2
+    assert not torch.equal(engine.state_dict()["weight"], before["weight"])
+
+
+def test_what_initialize_refuses() -> None:
+    model = nn.Linear(3, 2)
+    with pytest.raises(ConfigError, match="--deepspeed_config"):
+        zerograph.initialize(model=model)
+    with pytest.raises(PlanError, match="client optimizers are not supported"):
+        zerograph.initialize(
+            model=model, config=CONFIG, optimizer=torch.optim.SGD(model.parameters())
+        )
+    with pytest.raises(PlanError, match="model="):
+        zerograph.initialize(config=CONFIG)
+    with pytest.raises(PlanError, match="in no parameter group"):
+        zerograph.initialize(model=model, config=CONFIG, model_parameters=[model.weight])
+    engine, *_ = zerograph.initialize(model=model, config=CONFIG)
+    with pytest.raises(PlanError, match="belongs to an engine already"):
+        zerograph.initialize(model=model, config=CONFIG)
+    with pytest.raises(PlanError, match=r"call engine\.step\(\)"):
+        engine.optimizer.step()
+    with pytest.raises(PlanError, match="before any"):
+        engine.step()
+
+
+def test_a_step_needs_an_optimizer() -> None:
+    engine = zerograph.compile(nn.Linear(3, 2), {})
+    engine(torch.ones(1, 3)).sum().backward()
+    assert engine.gradients()["bias"].tolist() == [1.0, 1.0]
+    with pytest.raises(PlanError, match='"optimizer"'):
+        engine.step()
+
+
+def rates(section: dict[str, Any], steps: int) -> list[float]:
+    """The rate that each of `steps` updates uses."""
+    engine = zerograph.compile(nn.Linear(3, 2), {**CONFIG, "scheduler": section})
+    used = []
+    for _ in range(steps):
+        engine(torch.ones(1, 3)).sum().backward()
+        used.append(engine.optimizer.param_groups[0]["lr"])
+        engine.step()
+    return used
+
+
+def test_schedules() -> None:
+    """The first update runs at iteration -1, before the scheduler's first step, as in DeepSpeed."""
+    warm = {"warmup_num_steps": 4, "warmup_max_lr": 0.8, "warmup_type": "linear"}
+    found = rates({"type": "WarmupLR", "params": warm}, 8)
+    assert found == pytest.approx([0, 0, 0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
+    found = rates({"type": "WarmupLR", "params": {**warm, "warmup_type": "log"}}, 6)
+    logs = [0.8 * math.log(i + 1) / math.log(4) for i in range(4)]
+    assert found == pytest.approx([0, *logs, 0.8])
+    found = rates({"type": "WarmupDecayLR", "params": {**warm, "total_num_steps": 8}}, 11)
+    assert found == pytest.approx([0, 0, 0.2, 0.4, 0.6, 0.8, 0.6, 0.4, 0.2, 0, 0])
+    cosine = {"total_num_steps": 6, "warmup_num_steps": 2, "warmup_type": "linear"}
+    found = rates({"type": "WarmupCosineLR", "params": {**cosine, "cos_min_ratio": 0.1}}, 8)
+    falls = [0.1 * (0.1 + 0.9 * (1 + math.cos(math.pi * k / 4)) / 2) for k in (1, 2, 3, 4, 4)]
+    assert found == pytest.approx([0, 0, 0.05, *falls])
+
+
+@pytest.mark.parametrize("script", ["inspect_plan.py", "deepspeed_script.py"])
+def test_examples_run(script: str) -> None:
+    arguments = [sys.executable, str(ROOT / "examples" / script)]
+    if script.startswith("deepspeed"):
+        arguments += ["--deepspeed_config", str(ROOT / "examples" / "zero3.json")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        arguments, capture_output=True, text=True, timeout=240, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout

@@ -118,6 +118,17 @@ def test_normalize_lets_no_view_of_a_parameter_cross() -> None:
                 assert view_root(source).op == "call_function"
 
 
+def test_normalize_copies_an_output_that_is_a_view_of_a_parameter() -> None:
+    graph = tiny.trace_of("blocks", 4).graph.copy()
+    loss, logits = graph.outputs("forward")
+    view = next(iter(graph.placeholder("param", "head.weight").users))
+    graph.set_outputs(forward=[loss, view])
+    pipeline.run(graph, [Normalize()])
+    _, shown = graph.outputs("forward")
+    assert is_call(shown, aten.clone.default) and shown.args == (view,)
+    assert region_of(shown) == "forward" and logits in graph.nodes("forward")
+
+
 class ReturnsWeight(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -127,14 +138,11 @@ class ReturnsWeight(nn.Module):
         return self.linear(x).square().mean(), self.linear.weight.t()
 
 
-def test_normalize_copies_an_output_that_is_a_view_of_a_parameter() -> None:
-    trace = tiny.traced(ReturnsWeight(), (torch.ones(2, 8),), 4)
-    graph = after([Normalize()], trace)
-    _, shown = graph.outputs("forward")
+def test_a_returned_parameter_is_copied_before_its_bucket_is_released() -> None:
+    made = tiny.planned(tiny.traced(ReturnsWeight(), (torch.ones(2, 8),), 4), 3).graph
+    _, shown = made.outputs("forward")
     assert is_call(shown, aten.clone.default)
-    made = tiny.planned(trace, 3)
-    release = calls(made.graph, ops.release, "forward")[-1]
-    assert made.graph.outputs("forward")[1] < release
+    assert shown < calls(made, ops.release, "forward")[-1]
 
 
 def test_normalize_keeps_the_old_value_of_a_buffer_that_the_forward_updates() -> None:

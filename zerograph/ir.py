@@ -22,6 +22,7 @@ of parameters and inputs; after `reduce`, the kept gradients), "step" (the gradi
 Facts about a node are written when it is inserted, in `node.meta`: `region`, `role`, `module`.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -201,10 +202,14 @@ def is_view(node: fx.Node) -> bool:
     """Whether a node's result shares storage with its first argument and writes nothing."""
     if node.op != "call_function":
         return False
-    target: Any = node.target
-    if getattr(target, "__name__", "") == "getitem":
+    if getattr(node.target, "__name__", "") == "getitem":
         source = node.args[0]
         return isinstance(source, fx.Node) and is_view(source)
+    return _makes_views(node.target)
+
+
+@functools.cache
+def _makes_views(target: object) -> bool:
     if not isinstance(target, OpOverload):
         return False
     if target in _VIEWS_WITHOUT_ALIAS_INFO:

@@ -104,7 +104,7 @@ _REST = (
     ),
     *refused(
         under("checkpoint", "load_universal use_node_local_storage"),
-        "a checkpoint is one shared directory in zerograph's own format",
+        "checkpoint directories are not built; engine.state_dict() gives the weights",
         OFF,
         False,
     ),
@@ -112,8 +112,18 @@ _REST = (
         under("checkpoint", "checkpoint_serialization parallel_write writer"),
         "each rank writes its own shards",
     ),
-    *refused("nebula.enabled", "checkpoints are plain files", OFF, False),
-    *refused("datastates_ckpt", "checkpoints are plain files", "leave it out", None),
+    *refused(
+        "nebula.enabled",
+        "checkpoint directories are not built; engine.state_dict() gives the weights",
+        OFF,
+        False,
+    ),
+    *refused(
+        "datastates_ckpt",
+        "checkpoint directories are not built; engine.state_dict() gives the weights",
+        "leave it out",
+        None,
+    ),
     *refused(
         "dataloader_drop_last",
         "no data loader is made here",
@@ -128,7 +138,7 @@ _REST = (
     *advises("zero_force_ds_cpu_optimizer", "nothing is offloaded, so no CPU optimizer is used"),
     *advises(
         "steps_per_print wall_clock_breakdown memory_breakdown dump_state log_level timers",
-        "nothing is printed during training; plan.timeline and plan.memory foretell time and memory",
+        "nothing is printed during training; plan.memory and plan.traffic say what a step holds and moves",
     ),
     *advises("vocabulary_size", "shapes are read from the model"),
     *advises(

@@ -39,7 +39,7 @@ TRAINING_ROWS = (
     *refused(
         "scheduler.params.last_batch_iteration",
         "a schedule starts at its first step",
-        "leave it out, and load a checkpoint to go on from a later step",
+        "leave it out; the schedule starts at its first step",
         -1,
     ),
     *refused(

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -53,6 +54,8 @@ def ddp(name: str, rank: int, optimizer: str) -> dict[str, Any]:
             first = {"loss": loss.detach(), "gradients": _gradients(model)}
         optim.step()
         optim.zero_grad()
+    for buffer in model.buffers():  # rank 0's are the ones that are saved
+        dist.broadcast(buffer, 0)
     return {**first, "state": _cpu(model.state_dict())}
 
 

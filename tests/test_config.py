@@ -326,9 +326,7 @@ def test_a_stage_3_config_of_the_docs(tmp_path: Path) -> None:
     assert config.zero_optimization.stage == 3 and config.precision == "bf16"
     assert config.zero_optimization.stage3_prefetch_bucket_size == 50_000_000
     assert config.batch(8) == Batch(64, 4, 2)
-    silent = (
-        "nothing is printed during training; plan.timeline and plan.memory foretell time and memory"
-    )
+    silent = "nothing is printed during training; plan.memory and plan.traffic say what a step holds and moves"
     sized = "buckets follow the model's blocks, not a number of elements"
     zero = "zero_optimization"
     assert config.advisory() == (
@@ -343,7 +341,8 @@ def test_a_stage_3_config_of_the_docs(tmp_path: Path) -> None:
         ),
         (
             f"{zero}.stage3_max_reuse_distance=1000000000: "
-            "a gathered bucket is released after its last use in each region"
+            "it decides within the forward and within the backward; from one to the other a bucket is always "
+            "gathered again"
         ),
         (
             f"{zero}.stage3_param_persistence_threshold=100000: "

@@ -326,7 +326,10 @@ def test_a_stage_3_config_of_the_docs(tmp_path: Path) -> None:
     assert config.zero_optimization.stage == 3 and config.precision == "bf16"
     assert config.zero_optimization.stage3_prefetch_bucket_size == 50_000_000
     assert config.batch(8) == Batch(64, 4, 2)
-    silent = "nothing is printed during training; plan.memory and plan.traffic say what a step holds and moves"
+    silent = (
+        "nothing is printed during training; "
+        "plan.memory and plan.traffic say what a step holds and moves"
+    )
     sized = "buckets follow the model's blocks, not a number of elements"
     zero = "zero_optimization"
     assert config.advisory() == (

@@ -309,6 +309,20 @@ def test_an_input_that_the_forward_changes() -> None:
     assert count.item() == 3
 
 
+def test_a_buffer_that_is_assigned_anew_is_an_error() -> None:
+    class Assigns(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scale", torch.ones(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            self.scale = self.scale * 0.5
+            return self.second(self.first(x)) * self.scale
+
+    with pytest.raises(CaptureError, match="assigns a new tensor to a buffer"):
+        engine_of(Assigns())(x())
+
+
 def test_a_data_dependent_branch_shows_the_users_line() -> None:
     class Branches(Net):
         def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
@@ -412,6 +426,54 @@ def test_a_retained_output_does_not_keep_the_activations() -> None:
         assert node() is None
     finally:
         gc.enable()
+
+
+def test_the_engines_plan_is_byte_for_byte_the_plan_without_ranks() -> None:
+    batch = batch_for("llama", 0)
+    planned = zerograph.plan(make("llama"), CONFIG, example_inputs=batch)
+    engine = engine_of(make("llama"))
+    engine(**batch)
+    assert str(engine.plan) == str(planned)
+    assert [r.text for r in engine.plan.history.records] == [
+        r.text for r in planned.history.records
+    ]
+
+
+def test_the_models_own_storage_is_freed_bucket_by_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a bucket has its place, the storages of its parameters and all before it are gone."""
+    import weakref
+
+    from zerograph.layout import Bucket
+    from zerograph.runtime.state import State
+
+    model = make("llama")
+    storages = {n: weakref.ref(p.untyped_storage()) for n, p in model.named_parameters()}
+    store, gone = State._store, []
+
+    def watched(self: State, bucket: Bucket, *rest: Any) -> Any:
+        gone.extend(bucket.params)
+        assert all(storages[name]() is None for name in gone)
+        assert sum(ref() is not None for ref in storages.values()) == len(storages) - len(gone)
+        return store(self, bucket, *rest)
+
+    monkeypatch.setattr(State, "_store", watched)
+    engine_of(model)
+    assert len(gone) == len(storages)
+
+
+def test_destroy_leaves_nothing_on_the_model() -> None:
+    model = Net()
+    before = set(vars(model))
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    engine = engine_of(model)
+    total(engine(x())).backward()
+    restored = engine.destroy()
+    assert restored is model
+    assert set(vars(model)) == before
+    assert all(not vars(parameter) for parameter in model.parameters())
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+    total(model(x())).backward()
+    assert total(engine_of(model)(x())).requires_grad
 
 
 def test_create_graph_is_refused() -> None:

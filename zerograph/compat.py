@@ -38,6 +38,8 @@ from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from zerograph.errors import CaptureError
+
 __all__ = [
     "Captured",
     "DynamoError",
@@ -78,8 +80,10 @@ class Captured:
 
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
     """Capture `model(*args, **kwargs)` on fake tensors, whole, with no graph break."""
-    with _dynamo_settings(), _not_exporting():
+    with _dynamo_settings(), _not_exporting(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         module = functional_export.dynamo_graph_capture_for_export(model)(*args, **kwargs)
+    _heed(said)
     flatten, unflatten = module._dynamo_bytecode_flatten, module._dynamo_bytecode_unflatten
     inputs = list(flatten(*args, *kwargs.values()))
     returned = module.graph.output_node().args[0]
@@ -138,6 +142,21 @@ def _export_joint(captured: Captured) -> tuple[fx.GraphModule, list[int]]:
         return exported.graph_module, aliased
 
 
+def _heed(said: list[warnings.WarningMessage]) -> None:
+    """Refuse side effects of the forward that would be lost; pass other warnings on."""
+    for warning in said:
+        text = str(warning.message)
+        if "we found certain side effects" not in text:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+        elif "._buffers" in text:
+            raise CaptureError(
+                "the forward assigns a new tensor to a buffer of the module, which a captured forward "
+                "would lose; change the buffer in place (`self.count.add_(1)`, `self.mean.copy_(new)`)"
+            )
+
+
 def _not_exporting() -> Any:
     """Let models take the path that they take in training, not the one for `torch.export`.
 
@@ -157,7 +176,6 @@ def _dynamo_settings() -> Iterator[None]:
         if not name.startswith("_") and callable(method := getattr(logging.Logger, name))
     }
     with (
-        warnings.catch_warnings(),
         _quiet("torch._subclasses.fake_tensor"),
         config.patch(  # type: ignore[attr-defined]
             assume_static_by_default=True,
@@ -168,7 +186,6 @@ def _dynamo_settings() -> Iterator[None]:
             ignore_logging_functions=set(config.ignore_logging_functions) | loggers,
         ),
     ):
-        warnings.filterwarnings("ignore", "While compiling, we found certain side effects")
         yield
 
 

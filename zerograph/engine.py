@@ -199,7 +199,7 @@ class Engine:
         values.give_back(self.state)
         self._programs.clear()
         self.state.storages.clear()
-        object.__setattr__(self.module, "_zerograph_engine", None)
+        object.__delattr__(self.module, "_zerograph_engine")
         return self.module
 
     # Inside

@@ -21,7 +21,7 @@ from typing import ClassVar
 from torch import fx
 
 from zerograph import ops
-from zerograph.ir import Gradient, TrainGraph, role_of
+from zerograph.ir import Gradient, TrainGraph
 from zerograph.layout import Bucket
 
 
@@ -65,7 +65,7 @@ class Reduce:
 
 def _fill(graph: TrainGraph, bucket: Bucket, grads: dict[str, fx.Node]) -> fx.Node:
     """A buffer with the bucket's gradients, each put there as soon as it exists."""
-    storage = next(n for n in graph.placeholders() if role_of(n).name == bucket.name)
+    storage = graph.placeholder("shard" if graph.stage == 3 else "full", bucket.name)
     dtype = graph.precision.reduce(bucket.dtype)
     first = next(iter(grads.values()), None)
     place = _behind(graph, first) if first is not None else graph.end("backward")

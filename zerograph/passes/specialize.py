@@ -40,7 +40,7 @@ class Specialize:
         zeros = _propagate(graph, set(tangents), set(absent))
         _drop_gradients(graph, zeros)
         _erase_unused(graph, absent)
-        graph.unused = _without_gradient(graph)
+        graph.unused = _without_gradient(graph) if graph.training else ()
         return f"{len(tangents) - len(absent)} of {len(tangents)} gradients arrive"
 
 

@@ -163,4 +163,6 @@ def give_back(state: State) -> None:
         flat = state.full_values(bucket)
         for param in state.layout.bucket_params(bucket.name):
             view = state.view(flat, param).to(param.model_dtype)
-            state.parameters[param.name].data = view.clone(memory_format=torch.preserve_format)
+            parameter = state.parameters[param.name]
+            parameter.data = view.clone(memory_format=torch.preserve_format)
+            del parameter._zerograph_state  # type: ignore[attr-defined]

@@ -137,6 +137,32 @@ def test_the_error_names_a_bound_that_works_where_several_buckets_do_not_fit() -
     assert peak_gathered(blocks(0, max(BLOCKS))) == max(BLOCKS)
 
 
+class Tied(nn.Module):
+    """An embedding whose weight is the head's too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(16, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.embed(ids)
+        for layer in self.layers:
+            hidden = torch.tanh(layer(hidden))
+        return (hidden @ self.embed.weight.t()).square().mean()
+
+
+def test_a_tied_bucket_is_not_gathered_twice_at_once() -> None:
+    """It is gathered again for the head, and not ahead of its first use."""
+    graph = scheduled(
+        tiny.traced(Tied(), {"ids": torch.zeros(2, 3, dtype=torch.long)}, WORLD), 10**9
+    )
+    order = events(graph, "forward").split()
+    assert order.count("g0") == 2
+    again = len(order) - 1 - order[::-1].index("g0")
+    assert order.index("w0") < again
+
+
 # Reductions
 
 

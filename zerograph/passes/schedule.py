@@ -52,8 +52,11 @@ class Schedule:
         gathers = [n for n in nodes if is_call(n, ops.gather)]
         live = _live_at_slots(nodes)
         slot, moved = 0, 0
+        behind: dict[object, int] = {}  # a bucket is not gathered twice at once
         for index, gather in enumerate(gathers):
-            slot = self._earliest(gathers, index, slot, live)
+            floor = min(index, max(slot, behind.get(gather.args[1], 0)))
+            slot = self._earliest(gathers, index, floor, live)
+            behind[gather.args[1]] = index + 1
             if slot < index:
                 _wait_of(gathers[slot]).prepend(gather)
                 moved += 1

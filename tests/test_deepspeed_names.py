@@ -44,6 +44,9 @@ def test_initialize_answers_the_four_parts(tmp_path: Path) -> None:
     )
     assert optimizer is engine.optimizer and isinstance(optimizer, torch.optim.Optimizer)
     assert scheduler is None
+    assert engine.get_lr() == [0.1] and engine.device.type == "cpu"
+    assert [n for n, _ in engine.named_parameters()] == ["weight", "bias"]
+    assert [p.shape for p in engine.parameters()] == [(2, 3), (2,)]
     before = engine.state_dict()
     batches = list(loader)
     assert [len(b) for b in batches] == [4, 4]

@@ -10,7 +10,7 @@ they keep their names, shapes and dtypes, and have no values until `zerograph.ga
 """
 
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -162,6 +162,23 @@ class Engine:
         return self.module.training
 
     # Looking
+
+    @property
+    def device(self) -> torch.device:
+        """Where the engine computes; inputs are moved there."""
+        return self.world.device
+
+    def get_lr(self) -> list[float]:
+        """The learning rate of each parameter group; empty without an optimizer."""
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        return [float(group["lr"]) for group in groups]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The model's parameters: names, shapes and dtypes, without values."""
+        return self.module.parameters()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.module.named_parameters()
 
     @property
     def plan(self) -> Plan:

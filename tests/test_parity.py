@@ -25,7 +25,7 @@ def test_two_ranks_equal_ddp(name: str) -> None:
                 assert value is True, key
 
 
-@pytest.mark.parametrize("name", ["llama", "convnet"])
+@pytest.mark.parametrize("name", MODELS)
 def test_four_ranks_are_close_to_ddp(name: str) -> None:
     for report in run_ranks(4, oracle.compare_gradients, name):
         for stage, (error, norms) in report.items():

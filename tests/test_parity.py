@@ -6,8 +6,8 @@ from tests import oracle
 from tests.models import MODELS
 from tests.ranks import run_ranks
 
-FSDP_DIFFERS = {"t5", "lowrank"}
-"""fully_shard fails on tiny t5 here, and gives frozen models other gradients; DDP is the oracle."""
+FSDP_DIFFERS = {"t5": 19, "lowrank": 2}
+"""Gradients in which fully_shard and DDP differ by rounding, so that they cannot both be matched."""
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -15,8 +15,8 @@ def test_two_ranks_equal_ddp(name: str) -> None:
     """Loss and gradients bitwise; five steps of AdamW and SGD to 1e-6 (1 + max|b|)."""
     for report in run_ranks(2, oracle.compare, name):
         for key, value in report.items():
-            if key == "fsdp equals ddp":
-                assert value is True or name in FSDP_DIFFERS, value
+            if key == "fsdp differs":
+                assert len(value) <= FSDP_DIFFERS.get(name, 0), value
             elif key.endswith("error"):
                 assert value <= 1.0, f"{key}: {value} times the bound"
             elif key.endswith(("gradients", "stages")):

@@ -60,7 +60,7 @@ def good(
     key = (stage, after, model)
     if key not in _good:
         graph = tiny.trace_of(model, WORLD).graph.copy()
-        config = load_config(tiny.config(stage))
+        config = load_config(tiny.config(stage, **tiny.GIVEN.get(model, {})))
         spec = optimizer_of(config, graph.layout)
         passes = passes_for(config, graph, default_arriving(graph), spec)
         names = [each.name for each in passes]
@@ -291,7 +291,7 @@ def gather_for_a_wrong_world(graph: TrainGraph) -> None:
 
 @fault(0, "the all_reduce of b2 in the step is for 16 ranks, not 8")
 def reduction_for_a_wrong_world(graph: TrainGraph) -> None:
-    set_arg(find(graph, ops.all_reduce, "b2"), 2, 16)
+    set_arg(find(graph, ops.all_reduce, "b2"), 4, 16)
 
 
 @fault(3, "the gather of b2 in the forward works on .* of bucket b1")
@@ -403,7 +403,7 @@ def frozen_bucket_reduced(graph: TrainGraph) -> None:
     storage = graph.placeholder("full", "b0")
     with graph.inserting(graph.end("backward"), "backward") as insert:
         buffer = insert(ops.grad_buffer, storage, "b0", 128, torch.float32)
-        insert(ops.wait, insert(ops.reduce_scatter, buffer, "b0", WORLD))
+        insert(ops.wait, insert(ops.reduce_scatter, buffer, "b0", 1.0, 1 / WORLD, WORLD))
 
 
 @fault(2, "bucket b1 has 0 gradient buffers, not one")
@@ -564,9 +564,62 @@ def update_before_the_norm(graph: TrainGraph) -> None:
     move(update, find(graph, ops.norm_partials))
 
 
-@fault(1, "the update of b2 in the step does not take the clipping factor")
+@fault(1, "the update of b2 in the step takes another factor or skip than the update of b")
 def update_unclipped(graph: TrainGraph) -> None:
     set_arg(find(graph, ops.update, "b2"), 6, None)
+
+
+def set_all_updates(graph: TrainGraph, index: int, value: Any) -> None:
+    for node in graph.nodes("step"):
+        if is_call(node, ops.update):
+            set_arg(node, index, value)
+
+
+@fault(1, "the factor of the update of b. in the step leaves out the clipping")
+def no_update_clipped(graph: TrainGraph) -> None:
+    set_all_updates(graph, 6, None)
+
+
+@fault(3, "the factor of the update of b. in the step leaves out the scale", model="half")
+def update_with_scaled_gradients(graph: TrainGraph) -> None:
+    set_all_updates(graph, 6, find(graph, ops.clip))
+    clip = find(graph, ops.clip)
+    set_arg(clip, 0, find(graph, ops.grad_norm))
+
+
+@fault(2, "the clipping leaves out the scale", model="half")
+def clipping_by_the_scaled_norm(graph: TrainGraph) -> None:
+    set_arg(find(graph, ops.clip), 0, find(graph, ops.grad_norm))
+
+
+@fault(0, "the update of b. in the step is not skipped when the norm is not finite", model="half")
+def update_that_overflows(graph: TrainGraph) -> None:
+    set_all_updates(graph, 7, None)
+
+
+@fault(3, "the update of b2 in the step takes another factor or skip", model="half")
+def one_update_that_overflows(graph: TrainGraph) -> None:
+    set_arg(find(graph, ops.update, "b2"), 7, None)
+
+
+@fault(
+    1, "mul.* uses the gradient of loss unscaled|uses the gradient of loss unscaled", model="half"
+)
+def loss_unscaled(graph: TrainGraph) -> None:
+    tangent = graph.placeholder("tangent", "loss")
+    scaled = next(user for user in tangent.users if is_call(user, aten.mul.Tensor))
+    drop(graph, scaled, tangent)
+
+
+@fault(1, "the gradient of input x is not scaled back", model="half")
+def input_gradient_left_scaled(graph: TrainGraph) -> None:
+    outputs = [n for n in graph.outputs("backward") if n is not None]
+    graph.set_outputs(backward=[n.args[0] if is_call(n, aten.div.Tensor) else n for n in outputs])
+
+
+@fault(0, "the all_reduce of b2 in the step averages otherwise than the all_reduce of b3")
+def reduction_that_divides_otherwise(graph: TrainGraph) -> None:
+    set_arg(find(graph, ops.all_reduce, "b2"), 3, 1.0)
 
 
 @fault(0, "the update of b1 in the step takes accumulate.*, which is not the mean over ranks")
@@ -584,7 +637,7 @@ def flags_of_this_rank_alone(graph: TrainGraph) -> None:
 # The tests
 
 
-@pytest.mark.parametrize("model", ["blocks", "batch_norm", "partly"])
+@pytest.mark.parametrize("model", ["blocks", "batch_norm", "partly", "half"])
 @pytest.mark.parametrize("stage", range(4))
 def test_good_plan_passes(stage: int, model: str) -> None:
     graph, provided = good(stage, model=model)

@@ -92,7 +92,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "mlp": Mlp,
     "batch_norm": BatchNorm,
     "partly": Partly,
+    "half": Blocks,
 }
+GIVEN: dict[str, dict[str, Any]] = {"half": {"fp16": {"enabled": True}}}
+"""What the config of a model says beside `config(stage)`."""
 
 
 def batch(size: int = 4, width: int = WIDTH) -> dict[str, Tensor]:
@@ -128,7 +131,9 @@ def traced(
 def trace_of(name: str, world: int = 8) -> Trace:
     """The trace of one of MODELS. Copy its graph before changing it."""
     torch.manual_seed(0)
-    return traced(MODELS[name](), batch(), world)
+    inputs = batch()
+    inputs["x"].requires_grad_(name == "half")
+    return traced(MODELS[name](), inputs, world, config(0, **GIVEN.get(name, {})))
 
 
 def planned(trace: Trace, stage: int, **more: Any) -> Plan:

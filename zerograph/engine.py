@@ -9,6 +9,8 @@ The engine captures at the first call of a kind and keeps the programs. It owns 
 they keep their names, shapes and dtypes, and have no values until `zerograph.gathered` or `destroy()`.
 """
 
+import logging
+import math
 import os
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
@@ -27,6 +29,7 @@ from zerograph.precision import precision_of, short
 from zerograph.runtime import values
 from zerograph.runtime.agree import Agreement
 from zerograph.runtime.key import key_of
+from zerograph.runtime.loss_scale import scaler_of
 from zerograph.runtime.lr_schedule import scheduler_of
 from zerograph.runtime.optimizer import ShardedOptimizer
 from zerograph.runtime.run import Compiled, Runner
@@ -34,6 +37,8 @@ from zerograph.runtime.state import State
 from zerograph.runtime.world import World, current_world
 from zerograph.template import dissect
 from zerograph.trace import trace
+
+_log = logging.getLogger("zerograph")
 
 
 def compile(
@@ -88,11 +93,16 @@ class Engine:
         self.lr_scheduler: LRScheduler | None = scheduler_of(config, self.optimizer)
         self.micro_steps = 0
         self.global_steps = 0
+        self.skipped_steps = 0
+        self._scaler = scaler_of(config)
+        self._set_scale()
+        self._weights: list[float] = []
         self._programs: dict[Hashable, Compiled] = {}
         self._plan: Plan | None = None
         self._step_program: tuple[Plan, Program] | None = None
         self._used: set[str] = set()
         self._norm: float | None = None
+        self._applied = False
         self._run = Runner(model, self.state, self._received)
 
     # Training
@@ -110,10 +120,14 @@ class Engine:
             compiled = self._programs[key] = self._compile(args, kwargs)
         return self._run(compiled, placed)
 
-    def backward(self, loss: Tensor, retain_graph: bool = False) -> Tensor:
+    def backward(
+        self, loss: Tensor, retain_graph: bool = False, *, weight: float | None = None
+    ) -> Tensor:
         """Backpropagate a scalar loss; `loss.backward()` does the same. Answers the loss.
 
-        Every backward of an accumulation weighs the same: the mean over micro-batches is applied.
+        Every backward of an accumulation weighs the same: the mean over micro-batches is applied. With
+        `compile.weighted_accumulation` it is the mean weighted by `weight` (tokens, say) over the
+        micro-batches of all ranks, and every backward needs one. In fp16 the loss is scaled within.
         """
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             what = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -121,8 +135,26 @@ class Engine:
                 f"engine.backward needs a scalar loss that requires grad, got {what}; take it from "
                 "the engine's outputs outside torch.no_grad()"
             )
-        loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+        loss.backward(self._weighted(loss, weight), retain_graph)  # type: ignore[no-untyped-call]
         return loss
+
+    def _weighted(self, loss: Tensor, weight: float | None) -> Tensor | None:
+        """The gradient of the loss with a weight, which is noted; None without one."""
+        if self.config.compile.weighted_accumulation == (weight is None):
+            given = "no weight=" if weight is None else "a weight="
+            state = "true" if weight is None else "false"
+            raise PlanError(
+                f"engine.backward got {given}, and compile.weighted_accumulation is {state} in the "
+                "config; give a weight with every backward if it is true, and none otherwise"
+            )
+        if weight is None:
+            return None
+        if not (math.isfinite(weight) and weight >= 0):
+            raise PlanError(
+                f"weight of engine.backward must be finite and at least 0, got {weight}"
+            )
+        self._weights.append(float(weight))
+        return torch.full_like(loss, weight)
 
     def step(self) -> None:
         """At the boundary of gradient accumulation: reduce, clip, update. Otherwise only count."""
@@ -145,10 +177,20 @@ class Engine:
         """The 2-norm of the mean gradient at the last update, before clipping; None before it."""
         return self._norm
 
+    @property
+    def loss_scale(self) -> float:
+        """What the loss of the next backward is multiplied by; 1 without fp16."""
+        return self._scaler.scale if self._scaler is not None else 1.0
+
+    def was_step_applied(self) -> bool:
+        """Whether the last update changed the parameters: it is skipped if gradients are not finite."""
+        return self._applied
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients kept since the last update."""
         self.state.drop_gradients()
         self._used.clear()
+        self._weights.clear()
 
     def train(self, mode: bool = True) -> "Engine":
         self.module.train(mode)
@@ -190,9 +232,10 @@ class Engine:
     def gradients(self) -> dict[str, Tensor | None]:
         """Every trainable parameter's mean gradient so far, full, by name; call it on all ranks.
 
-        None for a parameter that received none on this rank since the last update.
+        Loss scale and weights are divided out, in the dtype that gradients are kept in. None for a
+        parameter that received none on this rank since the last update.
         """
-        return values.gradients(self.state, self._used)
+        return values.gradients(self.state, self._used, self._divisor())
 
     # Values
 
@@ -280,20 +323,55 @@ class Engine:
                 inputs.append(self._used_flags())
             elif role.kind == "hyper":
                 inputs.append(self.optimizer)
+            elif role.kind == "weight":
+                inputs.append(self._total_weight())
             else:
                 inputs.append(self.state.resolve(role))
-        self.state.drop_gradients()
+        self.zero_grad()
         (norm,) = program.module(inputs)
         self._norm = float(norm)
-        self._used.clear()
+        self._after(math.isfinite(self._norm) or not _may_skip(program))
+
+    def _after(self, applied: bool) -> None:
+        """Count an update that was applied or skipped, and move the scale and the rate on."""
+        self._applied = applied
         self.global_steps += 1
-        if self.lr_scheduler is not None:
+        before = self.loss_scale
+        self.skipped_steps += not applied
+        said = self._scaler.update(applied) if self._scaler is not None else "nothing is changed"
+        self._set_scale()
+        if self.world.rank == 0 and not applied:
+            _log.warning(
+                "step %d is skipped, gradients are not finite: %s", self.global_steps, said
+            )
+        elif self.world.rank == 0 and self.loss_scale != before:
+            _log.info("step %d: %s", self.global_steps, said)
+        if self.lr_scheduler is not None and applied:
             self.lr_scheduler.step()
+
+    def _set_scale(self) -> None:
+        if self._scaler is not None:
+            self.state.scale = self._scaler.tensor(self.world.device)
+
+    def _total_weight(self) -> Tensor:
+        if not self._weights:
+            raise PlanError(
+                "engine.step() without a weight: with compile.weighted_accumulation call "
+                "engine.backward(loss, weight=...), not loss.backward()"
+            )
+        return torch.tensor(sum(self._weights), dtype=torch.float64, device=self.world.device)
 
     def _used_flags(self) -> Tensor:
         trainable = [p.name for p in self.state.layout.params.values() if p.trainable]
         flags = [name in self._used for name in trainable]
         return torch.tensor(flags, dtype=torch.uint8, device=self.world.device)
+
+    def _divisor(self) -> float:
+        """What the mean gradients kept so far are too large by: loss scale and mean weight."""
+        if self.config.compile.weighted_accumulation:
+            return self.loss_scale * float(self.world.mean(self._total_weight()))
+        summed = self.config.gradient_allreduce_op == "sum" and self.state.stage < 2
+        return self.loss_scale / (self.world.size if summed else 1)
 
     def _layout_lines(self, layout: Any, spec: OptimizerSpec | None) -> list[str]:
         rule: Rule | None = spec.rule if spec else None
@@ -306,3 +384,10 @@ class Engine:
                 shape = list(param.shape)
                 lines.append(f"{bucket.name} {param.name} {short(param.dtype)} {shape}")
         return lines
+
+
+def _may_skip(program: Program) -> bool:
+    """Whether a step program leaves everything as it is when the norm is not finite."""
+    return any(
+        node.target is torch.ops.aten.isfinite.default for node in program.module.graph.nodes
+    )

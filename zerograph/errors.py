@@ -27,3 +27,7 @@ class VerifyError(ZerographError):
 
 class AgreementError(ZerographError):
     """Raised when ranks hold different plans, before any of them waits for another in vain."""
+
+
+class LossScaleError(ZerographError):
+    """Raised when gradients overflow at the least loss scale, so that training cannot go on."""

@@ -14,6 +14,8 @@ The graph has three regions, in this order: forward, backward, step. Its placeho
     state      one optimizer state slice                   name = bucket/state
     hyper      the optimizer's scalars, one row a group    name = hyper
     used       flags: which parameters had a gradient      name = used
+    scale      what the loss is multiplied by (fp16)       name = scale
+    weight     sum of the losses' weights since the step   name = weight
 
 and its output is a dict: "forward" (what the forward returns, then what it stores into buffers),
 "saved" (what the forward keeps for the backward, whichever gradients arrive), "backward" (gradients

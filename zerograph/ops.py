@@ -10,15 +10,16 @@ them into collectives and kernels. `world` is a number of ranks; no operator kno
     release         the bucket's full storage ends here
     grad_buffer     an empty flat gradient buffer for a bucket, padding zeroed
     put             write one gradient into its place of a buffer; the result is the buffer
-    reduce_scatter  start averaging a buffer over ranks; each rank receives its slice
-    all_reduce      start averaging a buffer over ranks; each rank receives all of it
+    reduce_scatter  start `post * sum over ranks of (pre * buffer)`; each rank receives its slice
+    all_reduce      start `post * sum over ranks of (pre * buffer)`; each rank receives all of it
     accumulate      add, times a weight, to the gradients kept since the last step (if any yet)
     norm_partials   sums of squares of gradient slices, one for each of `parts` ranks' slices
     gather_partials start an all-gather of the one partial that each rank has
     grad_norm       global 2-norm from all ranks' partials, summed in rank order
     clip            the factor min(1, max_norm / (norm + 1e-6)) of torch's clip_grad_norm_
     any_rank        start a maximum over ranks of the flags of parameters that received a gradient
-    update          the optimizer's rule on one bucket's shard, in place
+    sum_weights     start a sum over ranks of the weights of the losses since the last step
+    update          the optimizer's rule on one bucket's shard, in place; nothing if not `finite`
     refresh         start an all-gather of updated shards into the full bucket, in place
 """
 
@@ -79,13 +80,13 @@ def put(
     return torch.empty_like(buffer)
 
 
-@_define("reduce_scatter(Tensor buffer, str bucket, int world) -> Tensor")
-def reduce_scatter(buffer: Tensor, bucket: str, world: int) -> Tensor:
+@_define("reduce_scatter(Tensor buffer, str bucket, float pre, float post, int world) -> Tensor")
+def reduce_scatter(buffer: Tensor, bucket: str, pre: float, post: float, world: int) -> Tensor:
     return buffer.new_empty(buffer.numel() // world)
 
 
-@_define("all_reduce(Tensor buffer, str bucket, int world) -> Tensor")
-def all_reduce(buffer: Tensor, bucket: str, world: int) -> Tensor:
+@_define("all_reduce(Tensor buffer, str bucket, float pre, float post, int world) -> Tensor")
+def all_reduce(buffer: Tensor, bucket: str, pre: float, post: float, world: int) -> Tensor:
     return torch.empty_like(buffer)
 
 
@@ -119,9 +120,14 @@ def any_rank(flags: Tensor, world: int) -> Tensor:
     return torch.empty_like(flags)
 
 
+@_define("sum_weights(Tensor weight, int world) -> Tensor")
+def sum_weights(weight: Tensor, world: int) -> Tensor:
+    return torch.empty_like(weight)
+
+
 @_define(
     "update(Tensor master, Tensor grad, Tensor[] state, Tensor? low, Tensor hyper, Tensor used, "
-    "Tensor? factor, str bucket, str rule) -> ()"
+    "Tensor? factor, Tensor? finite, str bucket, str rule) -> ()"
 )
 def update(
     master: Tensor,
@@ -131,6 +137,7 @@ def update(
     hyper: Tensor,
     used: Tensor,
     factor: Tensor | None,
+    finite: Tensor | None,
     bucket: str,
     rule: str,
 ) -> None:
@@ -142,7 +149,15 @@ def refresh(full: Tensor, shard: Tensor, bucket: str, world: int) -> Tensor:
     return torch.empty_like(full)
 
 
-COLLECTIVES = (gather, reduce_scatter, all_reduce, gather_partials, any_rank, refresh)
+COLLECTIVES = (
+    gather,
+    reduce_scatter,
+    all_reduce,
+    gather_partials,
+    any_rank,
+    sum_weights,
+    refresh,
+)
 """Operators that communicate. Each is asynchronous: its result is pending until one `wait`."""
 
 EFFECTS = (*COLLECTIVES, wait, release, put, accumulate, update)

@@ -32,12 +32,14 @@ from zerograph.passes import (
     Normalize,
     Reduce,
     Release,
+    Scale,
     Schedule,
     Shard,
     Specialize,
     Update,
 )
 from zerograph.passes.lower import Lower, Program
+from zerograph.passes.reduce import Average
 from zerograph.pipeline import History
 from zerograph.precision import precision_of, short
 from zerograph.text import size, text
@@ -203,21 +205,34 @@ def passes_for(
     zero = config.zero_optimization
     max_live = zero.stage3_max_live_parameters
     graph.notes["max_live"] = max_live
+    average = average_of(config, graph.world)
+    weighted = config.compile.weighted_accumulation
     return [
         Normalize(),
         Specialize(arriving),
+        Scale(),
         Shard(zero.stage),
         Gather(zero.stage3_max_reuse_distance),
         Release(),
-        Reduce(config.batch(graph.world).accumulation),
+        Reduce(1.0 if weighted else 1 / config.batch(graph.world).accumulation, average),
         Update(
             rule=spec.rule.name if spec else "",
             states=spec.states if spec else (),
             scalars=len(spec.rule.scalars) if spec else 0,
+            average=average,
             max_norm=config.gradient_clipping,
+            weighted=weighted,
         ),
         Schedule(prefetch=zero.stage3_prefetch_bucket_size, max_live=max_live),
     ]
+
+
+def average_of(config: ZeroConfig, world: int) -> Average:
+    """How the config's keys average gradients over ranks; the default divides after the sum."""
+    if config.prescale_gradients:
+        return Average(before=world)
+    mean = config.gradient_allreduce_op == "mean"
+    return Average(before=config.gradient_predivide_factor, mean=mean)
 
 
 def optimizer_of(config: ZeroConfig, layout: Layout) -> OptimizerSpec | None:

@@ -5,6 +5,11 @@ bf16.enabled         parameters and activations bf16; gradients are reduced in b
                      in fp32; the optimizer works on fp32 master shards (ZeRO section 3.1's
                      "mixed precision": 2 + 2 + 12 bytes a parameter, here 2 + 4 + 12, since
                      gradients are kept in fp32)
+fp16.enabled         the same in fp16, with the loss scaled (arXiv:1710.03740 section 3.2)
+
+With bf16 and fp16 a step whose gradients are not finite is skipped on every rank (for bf16 unless
+`bf16.check_grad_overflow` is false). `communication_data_type` and `data_types.grad_accum_dtype` say
+in which dtype gradients are reduced and kept instead.
 
 The policy is decided once, from the config and the module, and printed with every plan.
 """
@@ -26,6 +31,17 @@ class Precision:
     """Dtype that trainable and frozen floating parameters are cast to; None keeps the model's."""
     pinned: frozenset[str]
     """Parameters that keep float32 although `compute` is lower."""
+    communicate: torch.dtype | None = None
+    """Dtype in which gradients are reduced; None for that of their bucket."""
+    keep: torch.dtype | None = None
+    """Dtype in which gradients are kept between backward and step; None for at least float32."""
+    skips: bool = False
+    """Whether a step whose gradient norm is not finite changes nothing."""
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the loss is scaled, so that small gradients do not underflow."""
+        return self.compute is torch.float16
 
     def parameter(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which parameter `name`, stored as `dtype` in the model, is gathered."""
@@ -41,22 +57,34 @@ class Precision:
 
     def reduce(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which gradients of a bucket of `dtype` are reduced over ranks."""
-        return dtype
+        return self.communicate or dtype
 
     def accumulate(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which gradients are kept between backward and step."""
-        return torch.float32 if dtype.itemsize < 4 else dtype
+        return self.keep or self.master(dtype)
 
     def master(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype of the shard that the optimizer updates."""
-        return self.accumulate(dtype)
+        return torch.float32 if dtype.itemsize < 4 else dtype
 
     def describe(self) -> str:
         """One line for the head of a plan."""
-        if self.compute is None:
+        kept = short(self.keep or torch.float32)
+        if self.compute is None and self.communicate is None and self.keep is None:
             return "as the model; gradients and optimizer states at least fp32"
+        if self.compute is None:
+            reduced = f"reduced in {short(self.communicate)}, " if self.communicate else ""
+            return (
+                f"as the model; gradients {reduced}kept in {kept}; optimizer states at least fp32"
+            )
+        reduced = short(self.communicate or self.compute)
         pinned = f", {len(self.pinned)} parameters pinned to fp32" if self.pinned else ""
-        return f"{short(self.compute)} compute and reduce, fp32 accumulation and master{pinned}"
+        scaled = ", scaled loss" if self.scaled else ""
+        skips = "skipped" if self.skips else "applied"
+        return (
+            f"{short(self.compute)} compute{scaled}, gradients reduced in {reduced} and kept in {kept}, "
+            f"fp32 master{pinned}; steps that are not finite are {skips}"
+        )
 
 
 _SHORT = {
@@ -80,15 +108,27 @@ def short(dtype: torch.dtype) -> str:
     return _SHORT.get(dtype, str(dtype).removeprefix("torch."))
 
 
+_NAMED = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
 def precision_of(model: nn.Module, config: ZeroConfig) -> Precision:
     """The policy that `config` asks for on `model`."""
-    if not config.bf16.enabled:
-        return Precision(None, frozenset())
-    return Precision(torch.bfloat16, frozenset(_pinned(model)))
+    low = None if config.precision == "fp32" else _NAMED[config.precision]
+    return Precision(
+        compute=low,
+        pinned=frozenset(_pinned(model)) if low else frozenset(),
+        communicate=_named(config.communication_data_type),
+        keep=_named(config.data_types.grad_accum_dtype),
+        skips=config.fp16.enabled or (config.bf16.enabled and config.bf16.check_grad_overflow),
+    )
+
+
+def _named(name: str | None) -> torch.dtype | None:
+    return None if name is None else _NAMED[name]
 
 
 def _pinned(model: nn.Module) -> Iterator[str]:
-    """Parameters kept in fp32 under bf16.
+    """Parameters kept in fp32 under bf16 and fp16.
 
     BatchNorm, whose running statistics are fp32 and whose kernels refuse a lower dtype beside them,
     and what a transformers model lists in `_keep_in_fp32_modules_strict`.

@@ -14,14 +14,23 @@ from torch._ops import OpOverload
 
 from zerograph import ops
 from zerograph.cost import collective_bytes, memory_of, nbytes, traffic_of
-from zerograph.ir import REGIONS, Region, TrainGraph, is_call, map_tensors, module_of, role_of
+from zerograph.ir import (
+    REGIONS,
+    Region,
+    TrainGraph,
+    is_call,
+    map_tensors,
+    module_of,
+    region_of,
+    role_of,
+)
 from zerograph.precision import short
 
 VERSION = 1
 _ARGUMENTS: dict[Region, tuple[str, ...]] = {
     "forward": ("input", "buffer", "constant"),
-    "backward": ("tangent",),
-    "step": ("hyper", "used"),
+    "backward": ("tangent", "scale"),
+    "step": ("hyper", "used", "scale", "weight"),
 }
 _DROPPED = ("device", "layout", "pin_memory")
 
@@ -97,6 +106,8 @@ def _names(graph: TrainGraph) -> dict[fx.Node, str]:
             "tangent": f"%d_{role.name}",
             "hyper": "%hyper",
             "used": "%used",
+            "scale": "%scale",
+            "weight": "%weight",
             "state": "%" + role.name.replace("/", "."),
         }.get(role.kind, f"%{role.name}.{role.kind}")
     count = 0
@@ -125,6 +136,8 @@ def _zero_name(node: fx.Node, names: dict[fx.Node, str]) -> str:
         return "%partials"
     if is_call(node, ops.any_rank):
         return "%used_anywhere"
+    if is_call(node, ops.sum_weights):
+        return "%weights"
     suffix = {
         ops.gather: "",
         ops.grad_buffer: ".grad",
@@ -170,24 +183,28 @@ def _zero_line(node: fx.Node, names: dict[fx.Node, str]) -> str:
     if is_call(node, ops.grad_buffer):
         return f"{name}: {_type(node)} = {target} {args[1]}"
     if is_call(node, ops.update):
-        return f"{target}.{args[8]} {_update_arguments(node, names)}"
-    shown = [a for a in args if not isinstance(a, str) and a != _hidden(node)]
-    return f"{name}: {_type(node)} = {target} {', '.join(_value(a, names) for a in shown)}"
+        return f"{target}.{args[9]} {_update_arguments(node, names)}"
+    return f"{name}: {_type(node)} = {target} {', '.join(_value(a, names) for a in _shown(node))}"
 
 
-def _hidden(node: fx.Node) -> object:
-    """The world size, which the heading says, and a weight of one, which changes nothing."""
+def _shown(node: fx.Node) -> Sequence[Any]:
+    """Arguments apart from names, the world size, and weights that change nothing."""
+    args = [a for a in node.args if not isinstance(a, str)]
+    if is_call(node, ops.reduce_scatter, ops.all_reduce):
+        buffer, pre, post, world = args
+        return [buffer] if (pre, post) == (1.0, 1 / cast(int, world)) else [buffer, pre, post]
     if is_call(node, *ops.COLLECTIVES):
-        return node.args[-1]
-    return 1.0 if is_call(node, ops.accumulate) else None
+        return args[:-1]
+    return args[:-1] if is_call(node, ops.accumulate) and args[-1] == 1.0 else args
 
 
 def _update_arguments(node: fx.Node, names: dict[fx.Node, str]) -> str:
-    master, grad, state, low, hyper, used, factor = node.args[:7]
+    master, grad, state, low, hyper, used, factor, finite = node.args[:8]
     parts = [_value(master, names), _value(grad, names), _value(state, names)]
     parts += [f"low={_value(low, names)}"] if low is not None else []
     parts += [_value(hyper, names), _value(used, names)]
     parts += [f"factor={_value(factor, names)}"] if factor is not None else []
+    parts += [f"finite={_value(finite, names)}"] if finite is not None else []
     return ", ".join(parts)
 
 
@@ -235,9 +252,13 @@ def _tensor_type(tensor: torch.Tensor) -> str:
 
 def _arguments(graph: TrainGraph, region: Region, names: dict[fx.Node, str]) -> str:
     kinds = _ARGUMENTS[region]
-    found = [n for n in graph.placeholders() if role_of(n).kind in kinds and n.users]
+    found = [n for n in graph.placeholders() if role_of(n).kind in kinds and _read(n, region)]
     found.sort(key=lambda n: (kinds.index(role_of(n).kind), role_of(n).name))
     return ", ".join(f"{names[n]}: {_type(n)}" for n in found)
+
+
+def _read(node: fx.Node, region: Region) -> bool:
+    return any(user.op == "output" or region_of(user) == region for user in node.users)
 
 
 def _returns(graph: TrainGraph, region: Region, names: dict[fx.Node, str]) -> list[str]:

@@ -37,7 +37,7 @@ _BUCKET_ARGUMENT = {
     ops.all_reduce: 1,
     ops.accumulate: 2,
     ops.refresh: 2,
-    ops.update: 7,
+    ops.update: 8,
 }
 
 
@@ -309,18 +309,74 @@ def _updated_once(graph: TrainGraph) -> Iterator[str]:
 
 
 def _updates_agree(graph: TrainGraph) -> Iterator[str]:
-    """Every update takes its bucket's mean gradient, the same flags, and the clipping if any."""
+    """Every update takes its bucket's mean gradient, and the same flags, factor and skip."""
     mean = {0: ops.all_reduce, 1: ops.reduce_scatter}.get(graph.stage, ops.accumulate)
-    clip = next((n for n in graph.nodes("step") if is_call(n, ops.clip)), None)
-    for node in graph.nodes("step"):
-        if is_call(node, ops.update):
-            grad, used, factor = (cast(fx.Node, node.args[i]) for i in (1, 5, 6))
-            if not is_call(_source(grad), mean):
-                yield f"{_say(node)} takes {grad.name}, which is not the mean over ranks"
-            if factor is not clip:
-                yield f"{_say(node)} does not take the clipping factor"
-            if graph.unused and not is_call(_source(used), ops.any_rank):
-                yield f"{_say(node)} does not know which parameters other ranks used"
+    updates = [n for n in graph.nodes("step") if is_call(n, ops.update)]
+    for node in updates:
+        grad, used, factor, finite = (cast(fx.Node, node.args[i]) for i in (1, 5, 6, 7))
+        if not is_call(_source(grad), mean):
+            yield f"{_say(node)} takes {grad.name}, which is not the mean over ranks"
+        if factor is not updates[0].args[6] or finite is not updates[0].args[7]:
+            yield f"{_say(node)} takes another factor or skip than {_say(updates[0])}"
+        if graph.unused and not is_call(_source(used), ops.any_rank):
+            yield f"{_say(node)} does not know which parameters other ranks used"
+    for node in updates[:1]:
+        yield from _factor_is_whole(graph, node)
+
+
+def _factor_is_whole(graph: TrainGraph, update: fx.Node) -> Iterator[str]:
+    """Clipping, scale and weights are in the factor, the latter two also in the norm that is clipped."""
+    clips = {n for n in graph.nodes("step") if is_call(n, ops.clip)}
+    norms = {n for n in graph.nodes("step") if is_call(n, ops.grad_norm)}
+    factor, finite = update.args[6], update.args[7]
+    if clips and not _derives(factor, clips, norms):
+        yield f"the factor of {_say(update)} leaves out the clipping"
+    for what in ("scale", "weight"):
+        source = set(graph.placeholders(what))
+        if source and not _derives(factor, source, norms | clips):
+            yield f"the factor of {_say(update)} leaves out the {what}"
+        if source and any(not _derives(clip, source, norms) for clip in clips):
+            yield f"the clipping leaves out the {what}"
+    if graph.precision.skips and not _derives(finite, norms, set()):
+        yield f"{_say(update)} is not skipped when the norm is not finite"
+
+
+def _derives(value: object, sources: set[fx.Node], not_through: set[fx.Node]) -> bool:
+    """Whether `value` is one of `sources`, or is computed from one past the nodes `not_through`."""
+    stack, seen = [value], set()
+    while stack:
+        node = stack.pop()
+        if node in sources:
+            return True
+        if isinstance(node, fx.Node) and node not in seen and node not in not_through:
+            seen.add(node)
+            stack += node.all_input_nodes
+    return False
+
+
+def _reductions_agree(graph: TrainGraph) -> Iterator[str]:
+    """All gradients are averaged in the same way."""
+    kinds = (ops.reduce_scatter, ops.all_reduce)
+    found = [n for n in graph.nodes() if is_call(n, *kinds)]
+    for node in found:
+        if node.args[2:] != found[0].args[2:]:
+            yield f"{_say(node)} averages otherwise than {_say(found[0])}"
+
+
+def _gradients_are_scaled(graph: TrainGraph) -> Iterator[str]:
+    """With a scaled loss every gradient that arrives is scaled once, and inputs' are scaled back."""
+    if not (graph.training and graph.precision.scaled):
+        return
+    (scale,) = graph.placeholders("scale")
+    for tangent in graph.placeholders("tangent"):
+        for user in tangent.users:
+            if not is_call(user, torch.ops.aten.mul.Tensor) or user.args[1] is not scale:
+                yield f"{user.name} uses the gradient of {role_of(tangent).name} unscaled"
+    for gradient, node in zip(graph.gradients, graph.outputs("backward"), strict=True):
+        source = _source(cast(fx.Node, node))
+        back = is_call(source, torch.ops.aten.div.Tensor) and source.args[1] is scale
+        if gradient.kind == "input" and not back:
+            yield f"the gradient of input {gradient.name} is not scaled back"
 
 
 def _norm_covers_all(graph: TrainGraph) -> Iterator[str]:
@@ -344,6 +400,7 @@ CHECKS: tuple[tuple[frozenset[str], Check], ...] = (
     (_HAS({"normal"}), _results_are_no_parameter),
     (_HAS({"normal"}), _old_buffers_are_kept),
     (_HAS({"specialized"}), _saved_is_complete),
+    (_HAS({"scaled"}), _gradients_are_scaled),
     (_HAS({"sharded"}), _params_lie_in_their_bucket),
     (_HAS({"gathered"}), _params_are_gathered),
     (_HAS({"gathered"}), _collectives_are_waited_for),
@@ -351,6 +408,7 @@ CHECKS: tuple[tuple[frozenset[str], Check], ...] = (
     (_HAS({"released"}), _gathers_are_released),
     (_HAS({"reduced"}), _gradients_are_reduced_once),
     (_HAS({"reduced"}), _accumulated_once),
+    (_HAS({"updated"}), _reductions_agree),
     (_HAS({"updated"}), _updated_once),
     (_HAS({"updated"}), _updates_agree),
     (_HAS({"updated"}), _norm_covers_all),

@@ -56,9 +56,10 @@ def norm_partials(grads: Sequence[Tensor], parts: int) -> Tensor:
 def _sum_of_squares(flat: Tensor) -> Tensor:
     whole = flat.numel() // NORM_CHUNK * NORM_CHUNK
     chunks = flat[:whole].view(-1, NORM_CHUNK)
-    norms = [torch.linalg.vector_norm(chunks, dim=1)] if whole else []
+    dtype = torch.promote_types(flat.dtype, torch.float32)
+    norms = [torch.linalg.vector_norm(chunks, dim=1, dtype=dtype)] if whole else []
     if whole < flat.numel():
-        norms.append(torch.linalg.vector_norm(flat[whole:]).view(1))
+        norms.append(torch.linalg.vector_norm(flat[whole:], dtype=dtype).view(1))
     return torch.cat(norms).double().square().sum()
 
 

@@ -136,14 +136,15 @@ def update(
 ) -> None:
     """Apply `rule` to the runs of one slice in place, and store the low-precision copy.
 
-    `grad` is scaled in place by `factor` (clipping).
+    Gradients are multiplied by `factor` (clipping, loss scale) in the master's dtype.
     """
-    if factor is not None:
-        grad.mul_(factor)
     for run in runs:
         for start in range(run.start, run.stop, CHUNK):
             part = slice(start, min(start + CHUNK, run.stop))
             own = [state[part] for state in states]
-            rule.apply(master[part], grad[part], own, groups[run.group], run.step)
+            mean = grad[part].to(master.dtype)
+            if factor is not None:
+                mean.mul_(factor)
+            rule.apply(master[part], mean, own, groups[run.group], run.step)
             if low is not None:
                 low[part].copy_(master[part])

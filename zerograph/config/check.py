@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 
 from zerograph.config.base import Section
-from zerograph.config.row import PRECISION, Row
+from zerograph.config.row import Row
 from zerograph.config.support import SUPPORT
 
 Leaf = tuple[str, object]
@@ -37,16 +37,12 @@ def row_for(path: str) -> Row:
     return SUPPORT[path]
 
 
-def _accepted(row: Row, value: object, precision: str) -> bool:
-    return any(value == (precision if one is PRECISION else one) for one in row.accepts)
-
-
-def refusals(config: Section, precision: str) -> list[str]:
+def refusals(config: Section) -> list[str]:
     """Say which given values ask for what is not built."""
     problems = []
     for path, value in given(config):
         row = row_for(path)
-        if row.kind == "refused" and not _accepted(row, value, precision):
+        if row.kind == "refused" and value not in row.accepts:
             problems.append(f"{path}={show(value)}: not built: {row.here}; {row.mend}")
     return problems
 

@@ -135,8 +135,9 @@ class HybridEngine(Section):
 
 
 class Compile(Section):
-    """DeepCompile."""
+    """DeepCompile, and zerograph's own options of the step (`weighted_accumulation`)."""
 
+    weighted_accumulation: bool = False
     deepcompile: bool = False
     free_activation: bool = False
     free_activation_threshold: Count = 10_485_760

@@ -40,7 +40,7 @@ def load_config(source: Source) -> ZeroConfig:
         config = source
     else:
         config = _validated(source if isinstance(source, Mapping) else _read(source, name), name)
-    _raise_any(_conflicts(config) or refusals(config, config.precision), name)
+    _raise_any(_conflicts(config) or refusals(config), name)
     return config
 
 
@@ -65,9 +65,27 @@ def _validated(data: Mapping[str, Any], name: str) -> ZeroConfig:
 
 
 def _conflicts(config: ZeroConfig) -> list[str]:
+    found = []
     if config.fp16.enabled and config.bf16.enabled:
-        return ["fp16.enabled and bf16.enabled are both true; keep one (bf16 is the one built)"]
-    return []
+        found.append("fp16.enabled and bf16.enabled are both true; keep one")
+    if config.fp16.enabled and config.data_types.grad_accum_dtype == "bf16":
+        found.append("data_types.grad_accum_dtype: 'bf16' cannot keep fp16 gradients; use fp32")
+    mean = config.gradient_allreduce_op == "mean"
+    if config.prescale_gradients and config.gradient_predivide_factor != 1.0:
+        found.append(
+            "prescale_gradients and gradient_predivide_factor both say what is divided before the "
+            "sum; keep one"
+        )
+    if not mean and (config.prescale_gradients or config.gradient_predivide_factor != 1.0):
+        found.append(
+            "gradient_allreduce_op='sum' divides nothing; leave prescale_gradients and "
+            "gradient_predivide_factor out"
+        )
+    if not mean and config.compile.weighted_accumulation:
+        found.append(
+            "compile.weighted_accumulation gives a weighted mean; leave gradient_allreduce_op out"
+        )
+    return found
 
 
 def _raise_any(found: list[str], name: str) -> None:

@@ -8,7 +8,9 @@ Make one with `load_config`, which also says in words what is wrong and refuses 
 the constructor alone checks only names and types.
 """
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from zerograph.config import batch, check
 from zerograph.config.base import BatchSize, Count, Free, NotNegative, Number, Section
@@ -72,7 +74,7 @@ class ZeroConfig(Section):
     seq_parallel_communication_data_type: DType | None = "fp32"
     gradient_allreduce_op: Literal["mean", "sum"] = "mean"
     prescale_gradients: bool = False
-    gradient_predivide_factor: Number = 1.0
+    gradient_predivide_factor: Annotated[Number, Field(gt=0)] = 1.0
     sparse_gradients: bool = False
     disable_allgather: bool = False
     graph_harvesting: bool = False
@@ -115,8 +117,10 @@ class ZeroConfig(Section):
     pipeline: Free | None = None
 
     @property
-    def precision(self) -> Literal["fp32", "bf16"]:
-        """The type that parameters are computed and gradients are reduced in."""
+    def precision(self) -> Literal["fp32", "fp16", "bf16"]:
+        """The type that parameters are computed in."""
+        if self.fp16.enabled:
+            return "fp16"
         return "bf16" if self.bf16.enabled else "fp32"
 
     def batch(self, world_size: int) -> batch.Batch:

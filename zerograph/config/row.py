@@ -14,8 +14,6 @@ from typing import Literal
 
 Kind = Literal["built", "advises", "refused", "dormant"]
 
-PRECISION = object()  # in `accepts`: the type that gradients are reduced in
-
 
 @dataclass(frozen=True)
 class Row:

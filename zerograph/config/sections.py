@@ -2,37 +2,43 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, ConfigDict
+from pydantic import BeforeValidator, ConfigDict, Field
 
-from zerograph.config.base import Count, Free, Integer, Names, NotNegative, Section, lower, upper
+from zerograph.config.base import (
+    Count,
+    Free,
+    Names,
+    NotNegative,
+    Number,
+    Positive,
+    Section,
+    lower,
+    upper,
+)
 
 DType = Annotated[Literal["fp32", "fp16", "bf16"], BeforeValidator(lower)]
 
 
 class Fp16(Section):
-    """Training in half precision with loss scaling."""
+    """Training in half precision with loss scaling: dynamic, or `loss_scale` if that is not 0."""
 
     enabled: bool = False
     auto_cast: bool = False
     loss_scale: NotNegative = 0.0
-    initial_scale_power: Integer = 16
-    loss_scale_window: Integer = 1000
-    hysteresis: Integer = 2
+    initial_scale_power: Annotated[Count, Field(le=126)] = 16
+    loss_scale_window: Positive = 1000
+    hysteresis: Positive = 2
     consecutive_hysteresis: bool = False
-    min_loss_scale: Integer = 1
+    min_loss_scale: Annotated[Number, Field(gt=0)] = 1
     fp16_master_weights_and_grads: bool = False
 
 
 class Bf16(Section):
-    """Training in bfloat16 with fp32 optimizer states.
-
-    DeepSpeed turns `check_grad_overflow` on by default since 0.19.4. Here the default says what
-    happens: no gradient is checked before the update.
-    """
+    """Training in bfloat16 with fp32 optimizer states."""
 
     enabled: bool = False
     immediate_grad_update: bool = False
-    check_grad_overflow: bool = False
+    check_grad_overflow: bool = True
     bf16_master_weights_and_grads: bool = False
     bf16_optimizer_states: bool = False
 

@@ -6,23 +6,28 @@ below it that has no row of its own. What each kind of row means is told in `row
 `support_training`.
 """
 
-from zerograph.config.row import OFF, PRECISION, Row, advises, dormant, refused, under
+from zerograph.config.row import OFF, Row, advises, built, dormant, refused, under
 from zerograph.config.support_training import TRAINING_ROWS
 from zerograph.config.support_zero import ZERO_ROWS
 
 _PRECISION = (
-    *refused(
-        "fp16.enabled",
-        "training runs in fp32, or in bf16 with bf16.enabled",
-        "set bf16.enabled to true instead, or fp16.enabled to false",
-        False,
+    *built(
+        under(
+            "fp16",
+            "enabled loss_scale initial_scale_power loss_scale_window hysteresis "
+            "consecutive_hysteresis min_loss_scale",
+        )
     ),
+    *advises("fp16.auto_cast", "floating inputs are always cast to the type of the parameters"),
     *refused(
-        "bf16.check_grad_overflow",
-        "gradients are not checked before the update, and no step is skipped",
+        "fp16.fp16_master_weights_and_grads",
+        "master weights and optimizer states are fp32",
         OFF,
         False,
     ),
+    *built("bf16.check_grad_overflow communication_data_type data_types.grad_accum_dtype"),
+    *built("prescale_gradients gradient_predivide_factor gradient_allreduce_op"),
+    *built("compile.weighted_accumulation"),
     *refused(
         under("bf16", "bf16_master_weights_and_grads bf16_optimizer_states"),
         "master weights and optimizer states are fp32",
@@ -36,43 +41,16 @@ _PRECISION = (
         "set bf16.enabled to true instead, or enabled to false",
         False,
     ),
-    *dormant("fp16 amp torch_autocast"),
-    *refused(
-        "data_types.grad_accum_dtype",
-        "gradients are accumulated in fp32",
-        "set it to 'fp32' or leave it out",
-        None,
-        "fp32",
-    ),
+    *dormant("amp torch_autocast"),
     *refused(
         under("data_types", "param_dtype buffer_dtype"),
-        "types follow from bf16.enabled alone",
+        "types follow from fp16.enabled and bf16.enabled alone",
         "leave it out",
         None,
-    ),
-    *refused(
-        "communication_data_type",
-        "gradients are reduced in bf16 when bf16.enabled is true and in fp32 otherwise",
-        "leave it out",
-        None,
-        PRECISION,
     ),
     *advises(
         "seq_parallel_communication_data_type",
         "there is no sequence parallelism, so nothing is sent in this type",
-    ),
-    *refused(
-        "gradient_allreduce_op",
-        "gradients are averaged over ranks",
-        "set it to 'mean', and multiply the loss by the world size for a sum",
-        "mean",
-    ),
-    *refused("prescale_gradients", "gradients are averaged by the reduction itself", OFF, False),
-    *refused(
-        "gradient_predivide_factor",
-        "gradients are averaged by the reduction itself",
-        "set it to 1.0 or leave it out",
-        1.0,
     ),
     *refused("sparse_gradients", "embedding gradients are dense", OFF, False),
 )

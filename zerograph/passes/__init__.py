@@ -4,6 +4,7 @@ from zerograph.passes.gather import Gather
 from zerograph.passes.normalize import Normalize
 from zerograph.passes.reduce import Reduce
 from zerograph.passes.release import Release
+from zerograph.passes.scale import Scale
 from zerograph.passes.schedule import Schedule
 from zerograph.passes.shard import Shard
 from zerograph.passes.specialize import Specialize
@@ -14,6 +15,7 @@ __all__ = [
     "Normalize",
     "Reduce",
     "Release",
+    "Scale",
     "Schedule",
     "Shard",
     "Specialize",

@@ -130,7 +130,13 @@ def _gather(b: _Builder, node: fx.Node) -> fx.Node:
 
 def _wait(b: _Builder, node: fx.Node) -> fx.Node:
     (pending,) = b.args(node)
-    return b.collective(c10d.wait_tensor.default, pending, pending)
+    done = b.collective(c10d.wait_tensor.default, pending, pending)
+    start = cast(fx.Node, node.args[0])
+    if b.graph.world == 1 or not is_call(start, ops.reduce_scatter, ops.all_reduce):
+        return done
+    pre, post, world = cast(tuple[float, float, int], start.args[2:])
+    summed = not _is_mean(pre, post, world) and post != 1.0
+    return b.call(torch.ops.aten.mul_.Scalar, done, post) if summed else done
 
 
 def _param(b: _Builder, node: fx.Node) -> fx.Node:
@@ -167,15 +173,30 @@ def _put(b: _Builder, node: fx.Node) -> fx.Node:
     return b.call(kernels.put, buffer, grad, offset, size, stride)
 
 
+def _is_mean(pre: float, post: float, world: int) -> bool:
+    """Whether the collective's own average does it."""
+    return pre == 1.0 and post == 1 / world
+
+
+def _reduced(b: _Builder, node: fx.Node) -> tuple[fx.Node, str]:
+    """What is sent, and the collective's operation; `_wait` multiplies by the rest."""
+    buffer, _, pre, post, world = b.args(node)
+    if _is_mean(pre, post, world):
+        return buffer, "avg"
+    if b.graph.world > 1 and pre != 1.0:
+        buffer = b.call(torch.ops.aten.mul_.Scalar, buffer, pre)
+    return buffer, "sum"
+
+
 def _reduce_scatter(b: _Builder, node: fx.Node) -> fx.Node:
-    buffer, _, world = b.args(node)
+    sent, how = _reduced(b, node)
     op = c10d.reduce_scatter_tensor.default
-    return b.collective(op, buffer, buffer, "avg", world, b.group)
+    return b.collective(op, sent, sent, how, b.graph.world, b.group)
 
 
 def _all_reduce(b: _Builder, node: fx.Node) -> fx.Node:
-    buffer, _, _ = b.args(node)
-    return b.collective(c10d.all_reduce_.default, buffer, buffer, "avg", b.group)
+    sent, how = _reduced(b, node)
+    return b.collective(c10d.all_reduce_.default, sent, sent, how, b.group)
 
 
 def _accumulate(b: _Builder, node: fx.Node) -> fx.Node:
@@ -205,10 +226,15 @@ def _any_rank(b: _Builder, node: fx.Node) -> fx.Node:
     return b.collective(c10d.all_reduce.default, flags, flags, "max", b.group)
 
 
+def _sum_weights(b: _Builder, node: fx.Node) -> fx.Node:
+    weight, _ = b.args(node)
+    return b.collective(c10d.all_reduce.default, weight, weight, "sum", b.group)
+
+
 def _update(b: _Builder, node: fx.Node) -> fx.Node:
     """The `hyper` input carries the optimizer's groups, step counts and rule, and applies it."""
-    master, grad, state, low, hyper, used, factor, bucket, _ = b.args(node)
-    args = (hyper, bucket, master, grad, state, low, used, factor)
+    master, grad, state, low, hyper, used, factor, finite, bucket, _ = b.args(node)
+    args = (hyper, bucket, master, grad, state, low, used, factor, finite)
     return b.out.call_method("update", args)
 
 
@@ -236,6 +262,7 @@ _HANDLERS: dict[Any, Handler] = {
     ops.grad_norm: _grad_norm,
     ops.clip: _clip,
     ops.any_rank: _any_rank,
+    ops.sum_weights: _sum_weights,
     ops.update: _update,
     ops.refresh: _refresh,
 }

@@ -12,7 +12,8 @@
 At stages 0 and 1 the buffer itself is accumulated and reduced in the step, at the boundary of
 gradient accumulation; at 2 and 3 (gradient partitioning, ZeRO, arXiv:1910.02054 section 5.2) each
 backward reduces and shards accumulate. Every trainable bucket is reduced, whichever gradients this
-graph has, so that the order of collectives never depends on them. Each backward weighs 1/accumulation.
+graph has, so that the order of collectives never depends on them. Each backward weighs 1/accumulation
+(with weighted accumulation 1: the losses carry their weights, and `update` divides by their sum).
 """
 
 from dataclasses import dataclass
@@ -26,8 +27,27 @@ from zerograph.layout import Bucket
 
 
 @dataclass(frozen=True)
+class Average:
+    """How the sum over ranks becomes a mean."""
+
+    before: float = 1.0
+    """Divisor of each rank's gradients before the sum; the rest is divided after it."""
+    mean: bool = True
+    """False for the plain sum."""
+
+    def factors(self, world: int) -> tuple[float, float]:
+        """(pre, post) of `post * sum over ranks of (pre * gradient)`."""
+        return 1 / self.before, self.before / (world if self.mean else 1)
+
+
+MEAN = Average()
+
+
+@dataclass(frozen=True)
 class Reduce:
-    accumulation: int
+    weight: float = 1.0
+    """What a backward's gradients are multiplied by when they are accumulated."""
+    average: Average = MEAN
 
     name: ClassVar[str] = "reduce"
     requires: ClassVar[frozenset[str]] = frozenset({"sharded"})
@@ -59,8 +79,9 @@ class Reduce:
         with graph.inserting(filled.next, "backward", bucket.block) as insert:
             grad = filled
             if partitioned:
-                grad = insert(ops.wait, insert(ops.reduce_scatter, grad, bucket.name, graph.world))
-            return insert(ops.accumulate, kept, grad, bucket.name, 1 / self.accumulation)
+                how = *self.average.factors(graph.world), graph.world
+                grad = insert(ops.wait, insert(ops.reduce_scatter, grad, bucket.name, *how))
+            return insert(ops.accumulate, kept, grad, bucket.name, self.weight)
 
 
 def _fill(graph: TrainGraph, bucket: Bucket, grads: dict[str, fx.Node]) -> fx.Node:

@@ -16,6 +16,15 @@ The norm is at every stage the sum, in rank order, of one partial for each rank'
 every rank has every slice, no communication is needed for it. Where some parameter has no gradient in
 this graph, ranks exchange which ones had (a parameter is left alone if it had none on any rank).
 ZeRO, arXiv:1910.02054 section 5.1.
+
+What gradients were multiplied by is divided out of the norm and then, with clipping, in one factor:
+
+      %0 = aten.reciprocal %scale                  # fp16; with weighted accumulation world / sum of weights
+      %norm.. = aten.mul %norm, %0
+      %1 = aten.isfinite %norm..                   # fp16, bf16, weights: skipped if it is not
+      zero.update %b0.shard, %b0.mean, .., factor=.., finite=%1
+
+The norm is the same on every rank, so all skip or none: a NaN or infinity anywhere is in everyone's norm.
 """
 
 from collections.abc import Mapping
@@ -28,6 +37,10 @@ from torch import fx
 from zerograph import ops
 from zerograph.ir import Inserter, TrainGraph, role_of
 from zerograph.layout import Bucket
+from zerograph.passes.reduce import MEAN, Average
+from zerograph.passes.scale import add_scalar
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -40,6 +53,9 @@ class Update:
     """Columns of the table of scalars, one row a parameter group."""
     max_norm: float = 0.0
     """Global norm that gradients are clipped to; 0 for no clipping."""
+    average: Average = MEAN
+    weighted: bool = False
+    """Whether losses carry weights, whose sum over micro-batches and ranks is divided out."""
 
     name: ClassVar[str] = "update"
     requires: ClassVar[frozenset[str]] = frozenset({"reduced"})
@@ -67,13 +83,16 @@ class _Step:
         with self.graph.inserting(self.graph.output, "step") as insert:
             grads = self._means(insert, kept)
             norm = self._norm(insert, list(grads.values()))
-            factor = None
-            if self.options.max_norm > 0:
-                factor = insert(ops.clip, norm, self.options.max_norm)
+            divided = self._divided(insert)
+            if divided is not None:
+                norm = insert(aten.mul.Tensor, norm, divided)
+            factor = self._factor(insert, norm, divided)
+            skips = self.graph.precision.skips or self.options.weighted
+            finite = insert(aten.isfinite.default, norm) if skips else None
             used = self._used(insert)
             hyper = self._hyper()
             for bucket, grad in grads.items():
-                self._update(insert, bucket, grad, hyper, used, factor)
+                self._update(insert, bucket, grad, hyper, used, factor, finite)
             self._refresh(insert, list(grads))
         self.graph.set_outputs(step=[norm])
 
@@ -85,15 +104,14 @@ class _Step:
         started = {}
         for bucket, node in kept.items():
             sent = self._cast(insert, node, self.graph.precision.reduce(bucket.dtype))
-            started[bucket] = insert(target, sent, bucket.name, self.graph.world)
-        means = {bucket: insert(ops.wait, node) for bucket, node in started.items()}
-        dtype_of = self.graph.precision.accumulate
-        return {b: self._cast(insert, n, dtype_of(b.dtype)) for b, n in means.items()}
+            how = *self.options.average.factors(self.graph.world), self.graph.world
+            started[bucket] = insert(target, sent, bucket.name, *how)
+        return {bucket: insert(ops.wait, node) for bucket, node in started.items()}
 
     def _cast(self, insert: Inserter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         if node.meta["val"].dtype == dtype:
             return node
-        return insert(torch.ops.aten._to_copy.default, node, dtype=dtype)
+        return insert(aten._to_copy.default, node, dtype=dtype)
 
     def _norm(self, insert: Inserter, grads: list[fx.Node]) -> fx.Node:
         whole = self.graph.stage == 0
@@ -101,6 +119,30 @@ class _Step:
         if not whole:
             partials = insert(ops.wait, insert(ops.gather_partials, partials, self.graph.world))
         return insert(ops.grad_norm, partials)
+
+    def _divided(self, insert: Inserter) -> fx.Node | None:
+        """One over what mean gradients are too large by; None where that is one."""
+        parts = []
+        if self.graph.precision.scaled:
+            scale = add_scalar(self.graph, "scale", torch.float32)
+            parts.append(insert(aten.reciprocal.default, scale))
+        if self.options.weighted:
+            weight = add_scalar(self.graph, "weight", torch.float64)
+            total = insert(ops.wait, insert(ops.sum_weights, weight, self.graph.world))
+            one = insert(aten.reciprocal.default, total)
+            parts.append(insert(aten.mul.Scalar, one, float(self.graph.world)))
+        if len(parts) == 2:
+            return insert(aten.mul.Tensor, *parts)
+        return parts[0] if parts else None
+
+    def _factor(self, insert: Inserter, norm: fx.Node, divided: fx.Node | None) -> fx.Node | None:
+        """What the update multiplies gradients by, fp32 []; None for one."""
+        factor = divided
+        if self.options.max_norm > 0:
+            factor = insert(ops.clip, norm, self.options.max_norm)
+            if divided is not None:
+                factor = insert(aten.mul.Tensor, factor, divided)
+        return None if factor is None else self._cast(insert, factor, torch.float32)
 
     def _used(self, insert: Inserter) -> fx.Node:
         count = sum(p.trainable for p in self.graph.layout.params.values())
@@ -125,6 +167,7 @@ class _Step:
         hyper: fx.Node,
         used: fx.Node,
         factor: fx.Node | None,
+        finite: fx.Node | None,
     ) -> None:
         own = self._own(bucket)
         master_dtype = self.graph.precision.master(bucket.dtype)
@@ -135,7 +178,8 @@ class _Step:
         names = self.options.states
         state = [self._state(bucket, "state", f"{bucket.name}/{s}", numel) for s in names]
         rule = self.options.rule
-        insert(ops.update, master, grad, state, low, hyper, used, factor, bucket.name, rule)
+        flags = used, factor, finite
+        insert(ops.update, master, grad, state, low, hyper, *flags, bucket.name, rule)
 
     def _own(self, bucket: Bucket) -> fx.Node:
         """What the optimizer writes: all of the bucket at stage 0, else this rank's slice."""

@@ -73,9 +73,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         low: Tensor | None,
         used: Tensor,
         factor: Tensor | None,
+        finite: Tensor | None,
     ) -> None:
         """The target of `zero.update`: apply the rule to one bucket's slice, in place."""
         self._opt_called = True  # what torch's schedulers look at before they warn
+        if finite is not None and not bool(finite):
+            return
         flags = used.tolist()
         for param in self._layout.bucket_params(bucket):
             self._steps[self._index[param.name]] += bool(flags[self._index[param.name]])

@@ -50,6 +50,8 @@ class State:
     world: World
     storages: dict[str, Storage] = field(default_factory=dict)
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    scale: Tensor | None = None
+    """The loss scale, fp32 []; None where the loss is not scaled."""
 
     @classmethod
     def take_over(
@@ -82,6 +84,8 @@ class State:
 
     def resolve(self, role: Role) -> Tensor | None:
         """The tensor behind a program's input."""
+        if role.kind == "scale":
+            return self.scale
         name, _, part = role.name.partition("/")
         storage = self.storages[name]
         if role.kind == "state":

@@ -65,11 +65,13 @@ def _write_back(
     state.write(state.layout.buckets[bucket], flat)
 
 
-def gradients(state: State, used: set[str]) -> dict[str, Tensor | None]:
-    """Full mean gradients by name; None where there is none."""
+def gradients(state: State, used: set[str], divisor: float) -> dict[str, Tensor | None]:
+    """Full mean gradients over `divisor` by name; None where there is none."""
     found: dict[str, Tensor | None] = {}
     for bucket in state.layout.trainable_buckets():
         flat = state.full_gradient(bucket)
+        if flat is not None and divisor != 1.0:
+            flat.div_(divisor)
         for param in state.layout.bucket_params(bucket.name):
             none = flat is None or param.name not in used
             found[param.name] = None if none else state.view(flat, param).clone()  # type: ignore[arg-type]

@@ -32,6 +32,9 @@ from zerograph.runtime.key import key_of
 from zerograph.runtime.loss_scale import scaler_of
 from zerograph.runtime.lr_schedule import scheduler_of
 from zerograph.runtime.optimizer import ShardedOptimizer
+from zerograph.runtime.parameters import Parameters
+from zerograph.runtime.place import place
+from zerograph.runtime.relayout import relay
 from zerograph.runtime.run import Compiled, Runner
 from zerograph.runtime.state import State
 from zerograph.runtime.world import World, current_world
@@ -104,14 +107,17 @@ class Engine:
         self._norm: float | None = None
         self._applied = False
         self._run = Runner(model, self.state, self._received)
+        self._param_groups = param_groups
+        self._parameters = Parameters.of(model)
 
     # Training
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's forward; what comes back is what the model itself returns."""
         self._require_alive()
+        self._heed_parameters()
         tensors, rebuild = dissect((args, kwargs))
-        placed = self._place([tensor for _, tensor in tensors])
+        placed = place(tensors, self.world.device, self.state.precision)
         args, kwargs = rebuild(placed)
         named = [(path, tensor) for (path, _), tensor in zip(tensors, placed)]
         key = key_of(self.module, (args, kwargs), named)
@@ -268,14 +274,33 @@ class Engine:
         if not self.state.storages and self.state.layout.buckets:
             raise PlanError("this engine was destroyed; compile the model again")
 
-    def _place(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Inputs on the engine's device, floating ones in the policy's dtype; the same stay the same."""
-        made: dict[int, Tensor] = {}
-        for tensor in tensors:
-            if id(tensor) not in made:
-                dtype = self.state.precision.input(tensor.dtype)
-                made[id(tensor)] = tensor.to(device=self.world.device, dtype=dtype)
-        return [made[id(tensor)] for tensor in tensors]
+    def _heed_parameters(self) -> None:
+        """Before a call: whether the model's parameters are still ours, and which are frozen now."""
+        now = Parameters.of(self.module)
+        if now == self._parameters:
+            return
+        pending = any(storage.kept is not None for storage in self.state.storages.values())
+        changed = self._parameters.changes(now, pending)
+        _log.info("%s: the step is traced again", changed)
+        self._parameters = now
+        frozen = (p.name for p in self.state.layout.params.values() if not p.trainable)
+        if any(self.state.parameters[name].requires_grad for name in frozen):
+            self._relay()
+
+    def _relay(self) -> None:
+        """Give parameters that were frozen at compile a place for gradients and states."""
+        trained = {p.name for p in self.state.layout.params.values() if p.trainable}
+        size, precision = self.world.size, self.state.precision
+        layout = layout_of(self.module, size, precision, self._param_groups, trained)
+        spec = optimizer_of(self.config, layout)
+        self._agreement.agree(
+            f"the layout of {type(self.module).__name__}", self._layout_lines(layout, spec)
+        )
+        relay(self.state, layout, spec.states if spec else ())
+        if self.optimizer is not None:
+            self.optimizer.relaid()
+        self._programs.clear()
+        self._plan = self._step_program = None
 
     def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compiled:
         layout, precision = self.state.layout, self.state.precision

@@ -13,7 +13,7 @@ dtypes only, so a model on the meta device and a real one have the same layout.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,8 +129,9 @@ def layout_of(
     world: int,
     precision: Precision,
     param_groups: Sequence[Mapping[str, Any]] | None = None,
+    trained: Collection[str] = (),
 ) -> Layout:
-    """Lay out `model` for `world` ranks.
+    """Lay out `model` for `world` ranks. Parameters in `trained` stay trainable though frozen now.
 
     `param_groups` is torch's list of dicts with "params" (tensors of the model, or names); a
     trainable parameter in no group is left out of the optimizer, so it is an error, as is one in two.
@@ -145,7 +146,8 @@ def layout_of(
     buckets: dict[str, Bucket] = {}
     members: dict[tuple[str, torch.dtype, bool], list[str]] = {}
     for name, tensor in tensors.items():
-        key = (blocks[name], precision.parameter(name, tensor.dtype), tensor.requires_grad)
+        trainable = tensor.requires_grad or name in trained
+        key = (blocks[name], precision.parameter(name, tensor.dtype), trainable)
         members.setdefault(key, []).append(name)
     for index, ((block, dtype, trainable), in_bucket) in enumerate(members.items()):
         bucket, offset = f"b{index}", 0

@@ -22,14 +22,26 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def __init__(self, rule: Rule, groups: Sequence[Mapping[str, Any]], state: State) -> None:
         self._rule = rule
         self._state = state
-        self._layout: Layout = state.layout
-        self._trainable = [p for p in self._layout.params.values() if p.trainable]
-        self._index = {p.name: i for i, p in enumerate(self._trainable)}
-        self._steps = [0] * len(self._trainable)
+        self._take(state.layout, {})
         members: list[dict[str, Any]] = [{**group, "params": []} for group in groups]
         for param in self._trainable:
             members[param.group]["params"].append(state.parameters[param.name])
         super().__init__(members, dict(rule.defaults))
+
+    def _take(self, layout: Layout, steps: Mapping[str, int]) -> None:
+        self._layout = layout
+        self._trainable = [p for p in layout.params.values() if p.trainable]
+        self._index = {p.name: i for i, p in enumerate(self._trainable)}
+        self._steps = [steps.get(p.name, 0) for p in self._trainable]
+
+    def relaid(self) -> None:
+        """Take the state's new layout; newly trained parameters join their groups at step 0."""
+        steps = {param.name: self._steps[index] for index, param in enumerate(self._trainable)}
+        self._take(self._state.layout, steps)
+        for param in self._trainable:
+            if param.name not in steps:
+                parameter = self._state.parameters[param.name]
+                self.param_groups[param.group]["params"].append(parameter)
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Refused: gradients are in the engine's buckets, not in `.grad`."""

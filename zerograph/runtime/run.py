@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zerograph import compat
-from zerograph.errors import ZerographError
+from zerograph.errors import PlanError, ZerographError
 from zerograph.ir import Role, role_of
 from zerograph.passes.lower import Program
 from zerograph.plan import Plan
@@ -141,6 +141,20 @@ def _as(gradient: Tensor, expected: Tensor) -> Tensor:
     return made.copy_(gradient)
 
 
+def _saved(ctx: Any) -> tuple[Tensor, ...]:
+    """The tensors that the forward saved; they are freed by the first backward."""
+    try:
+        return tuple(ctx.saved_tensors)
+    except RuntimeError as error:
+        if "second time" not in str(error):
+            raise  # a saved tensor was changed in place: torch says which
+        raise PlanError(
+            "backward a second time through the same forward, whose saved values the first one freed; "
+            "call the engine again, sum the losses, or keep them with "
+            "engine.backward(loss, retain_graph=True)"
+        ) from None
+
+
 class _Step(torch.autograd.Function):
     """The autograd node. `apply(runner, compiled, anchor, *inputs)` answers the results."""
 
@@ -166,7 +180,7 @@ class _Step(torch.autograd.Function):
             )
         compiled: Compiled = ctx.compiled
         graph = compiled.plan.graph
-        saved = dict(zip(compiled.forward.saved, ctx.saved_tensors, strict=True))
+        saved = dict(zip(compiled.forward.saved, _saved(ctx), strict=True))
         compat.clear_saved(ctx)
         entries = [r for r in graph.results if r.kind == "output"]
         arrived = {r.name: g for r, g in zip(entries, gradients, strict=True) if g is not None}

@@ -76,7 +76,7 @@ class State:
             master = state._flat_from(bucket, precision.master(bucket.dtype))
             for param in layout.bucket_params(bucket.name):
                 clear(state.parameters[param.name], param)
-            state.storages[bucket.name] = state._store(bucket, master, states)
+            state.storages[bucket.name] = state.store(bucket, master, states)
         _move_buffers(module, world)
         return state
 
@@ -169,7 +169,8 @@ class State:
         self.world.broadcast(flat)
         return flat
 
-    def _store(self, bucket: Bucket, values: Tensor, states: tuple[str, ...]) -> Storage:
+    def store(self, bucket: Bucket, values: Tensor, states: tuple[str, ...]) -> Storage:
+        """The storage of a bucket whose full `values` [numel] are given; states are zero."""
         low = values if values.dtype == bucket.dtype else values.to(bucket.dtype)
         full = None if self.stage == 3 else low
         own = self.own(low)

@@ -1,6 +1,6 @@
 """lower: the rewritten graph becomes three programs that run.
 
-    zero.gather %b0.shard         ->  c10d.all_gather_into_tensor(%b0.shard, 8, "dp")
+    zero.gather %b0.shard         ->  c10d.all_gather_into_tensor_out(%b0.shard, 8, "dp", out=empty)
     zero.wait %b0                 ->  c10d.wait_tensor(%b0)
     zero.param %b0 "w"            ->  aten.as_strided(%b0, [64, 32], [32, 1], 0)     a view, no copy
     zero.release %b0              ->  nothing: a value's storage ends with its last use
@@ -123,9 +123,21 @@ Handler = Callable[[_Builder, fx.Node], fx.Node | None]
 
 
 def _gather(b: _Builder, node: fx.Node) -> fx.Node:
-    shard, _, world = b.args(node)
-    op = c10d.all_gather_into_tensor.default
-    return b.collective(op, shard, shard, world, b.group)
+    shard, _, _ = b.args(node)
+    return _gathered(b, shard, node)
+
+
+def _gathered(b: _Builder, shard: fx.Node, node: fx.Node) -> fx.Node:
+    """An all-gather into a buffer that is made first.
+
+    With one that the collective makes itself, gloo corrupts the heap (seen on torch 2.13) when two are
+    under way and the first is freed.
+    """
+    if b.graph.world == 1:
+        return shard
+    buffer = b.call(torch.ops.aten.new_empty.default, shard, list(node.meta["val"].shape))
+    op = c10d.all_gather_into_tensor_out.default
+    return b.out.call_function(op, (shard, b.graph.world, b.group), {"out": buffer})
 
 
 def _wait(b: _Builder, node: fx.Node) -> fx.Node:
@@ -209,8 +221,8 @@ def _norm_partials(b: _Builder, node: fx.Node) -> fx.Node:
 
 
 def _gather_partials(b: _Builder, node: fx.Node) -> fx.Node:
-    partial, world = b.args(node)
-    return b.collective(c10d.all_gather_into_tensor.default, partial, partial, world, b.group)
+    partial, _ = b.args(node)
+    return _gathered(b, partial, node)
 
 
 def _grad_norm(b: _Builder, node: fx.Node) -> fx.Node:

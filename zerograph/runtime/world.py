@@ -35,7 +35,8 @@ class World:
         if self.size == 1:
             return shard.clone()
         ops = torch.ops._c10d_functional
-        full = ops.all_gather_into_tensor(shard.contiguous(), self.size, self.group_name)
+        full = shard.new_empty(self.size * shard.numel())
+        ops.all_gather_into_tensor_out(shard.contiguous(), self.size, self.group_name, out=full)
         gathered: torch.Tensor = ops.wait_tensor(full)
         return gathered
 

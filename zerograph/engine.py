@@ -5,12 +5,14 @@
     engine.backward(loss)
     engine.step()
 
-The engine captures at the first call of a kind and keeps the programs. It owns the model's parameters:
-they keep their names, shapes and dtypes, and have no values until `zerograph.gathered` or `destroy()`.
+The engine captures at the first call of a kind, and again when a size varies (runtime/programs.py). It owns
+the model's parameters: they keep their names, shapes and dtypes, and have no values until
+`zerograph.gathered` or `destroy()`.
 """
 
 import os
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,9 +28,10 @@ from zerograph.plan import OptimizerSpec, Plan, optimizer_of, plan_of
 from zerograph.precision import precision_of, short
 from zerograph.runtime import values
 from zerograph.runtime.agree import Agreement
-from zerograph.runtime.key import key_of
+from zerograph.runtime.key import call_of
 from zerograph.runtime.lr_schedule import scheduler_of
 from zerograph.runtime.optimizer import ShardedOptimizer
+from zerograph.runtime.programs import Dims, Programs
 from zerograph.runtime.run import Compiled, Runner
 from zerograph.runtime.state import State
 from zerograph.runtime.world import World, current_world
@@ -88,7 +91,7 @@ class Engine:
         self.lr_scheduler: LRScheduler | None = scheduler_of(config, self.optimizer)
         self.micro_steps = 0
         self.global_steps = 0
-        self._programs: dict[Hashable, Compiled] = {}
+        self._programs = Programs(type(model).__name__)
         self._plan: Plan | None = None
         self._step_program: tuple[Plan, Program] | None = None
         self._used: set[str] = set()
@@ -104,10 +107,8 @@ class Engine:
         placed = self._place([tensor for _, tensor in tensors])
         args, kwargs = rebuild(placed)
         named = [(path, tensor) for (path, _), tensor in zip(tensors, placed)]
-        key = key_of(self.module, (args, kwargs), named)
-        compiled = self._programs.get(key)
-        if compiled is None:
-            compiled = self._programs[key] = self._compile(args, kwargs)
+        call = call_of(self.module, (args, kwargs), named)
+        compiled = self._programs.find(call, partial(self._compile, args, kwargs))
         return self._run(compiled, placed)
 
     def backward(self, loss: Tensor, retain_graph: bool = False) -> Tensor:
@@ -234,10 +235,15 @@ class Engine:
                 made[id(tensor)] = tensor.to(device=self.world.device, dtype=dtype)
         return [made[id(tensor)] for tensor in tensors]
 
-    def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compiled:
-        layout, precision = self.state.layout, self.state.precision
+    def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Dims) -> Compiled:
         traced = trace(
-            self.module, args, kwargs, layout=layout, precision=precision, device=self.world.device
+            self.module,
+            args,
+            kwargs,
+            layout=self.state.layout,
+            precision=self.state.precision,
+            device=self.world.device,
+            dynamic=dynamic,
         )
 
         def make_plan(arriving: tuple[str, ...] | None = None) -> Plan:

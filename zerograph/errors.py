@@ -27,3 +27,7 @@ class VerifyError(ZerographError):
 
 class AgreementError(ZerographError):
     """Raised when ranks hold different plans, before any of them waits for another in vain."""
+
+
+class ProgramWarning(UserWarning):
+    """Given when calls of an engine need many programs, or one for each shape."""

@@ -11,7 +11,7 @@ of a named device, never as meta: on meta the backward of some losses is lost wi
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +26,7 @@ from zerograph.explain import explained
 from zerograph.ir import Gradient, Result, Role, TrainGraph
 from zerograph.layout import Layout
 from zerograph.precision import Precision
+from zerograph.sizes import Size, Sizes
 from zerograph.template import Rebuild, dissect
 
 
@@ -53,8 +54,11 @@ def trace(
     layout: Layout,
     precision: Precision,
     device: torch.device,
+    dynamic: Collection[tuple[int, int]] = (),
 ) -> Trace:
     """Trace one call under the grad and autocast modes in force.
+
+    `dynamic` are the dims whose sizes may vary, as (index of the tensor in the call, dim).
 
     Raises CaptureError, with the user's own source line, for what cannot be captured whole.
     """
@@ -64,20 +68,24 @@ def trace(
         params, buffers = _fake_state(model, layout, mode, device)
         tensors, rebuild_call = dissect((args, kwargs))
         fakes = _fake_inputs([tensor for _, tensor in tensors], precision, mode, device)
+        for index, dim in dynamic:
+            compat.mark_dynamic(fakes[index], dim)
         fake_args, fake_kwargs = rebuild_call(fakes)
         call = partial(model, *fake_args, **fake_kwargs)
         with substituted(model, {**params, **buffers}), explained(model, call, mode):
             captured = compat.capture(model, fake_args, fake_kwargs)
             returned, rebuild = dissect(captured.rebuilt)
             joint = compat.export_joint(captured)
-    paths = [_call_path(path, model, len(args)) for path, _ in tensors]
+    paths = [call_path(path, model, len(args)) for path, _ in tensors]
+    sizes = _sizes(captured, fakes, paths)
     names = _Names(
         params={id(t): n for n, t in params.items() if n in layout.params},
         buffers={id(t): n for n, t in buffers.items()},
         inputs={id(t): i for i, t in reversed(list(enumerate(fakes)))},
+        sizes={size.symbol: size.name for size in sizes.symbols},
         paths=paths,
     )
-    return _trace_of(model, joint, captured, returned, rebuild, names, layout, precision)
+    return _trace_of(model, joint, captured, returned, rebuild, names, layout, precision, sizes)
 
 
 @dataclass
@@ -87,9 +95,12 @@ class _Names:
     params: dict[int, str]
     buffers: dict[int, str]
     inputs: dict[int, int]
+    sizes: dict[Any, str]
     paths: list[str]
 
-    def role(self, tensor: torch.Tensor, constants: dict[str, torch.Tensor]) -> Role:
+    def role(self, tensor: Any, constants: dict[str, torch.Tensor]) -> Role:
+        if isinstance(tensor, torch.SymInt):
+            return Role("size", self.sizes[compat.symbol_of(tensor)])
         key = id(tensor)
         if key in self.params:
             return Role("param", self.params[key])
@@ -106,11 +117,12 @@ def _trace_of(
     model: nn.Module,
     joint: fx.GraphModule,
     captured: compat.Captured,
-    returned: list[tuple[str, torch.Tensor]],
+    returned: list[tuple[str, Any]],
     rebuild: Rebuild,
     names: _Names,
     layout: Layout,
     precision: Precision,
+    sizes: Sizes,
 ) -> Trace:
     """Name everything in the joint graph, and set its output in sections."""
     constants: dict[str, torch.Tensor] = {}
@@ -146,16 +158,53 @@ def _trace_of(
         gradients=tuple(gradients),
         fake_mode=captured.fake_mode,
         training=bool(differentiable),
+        sizes=sizes,
     )
     _write_origins(graph)
+    _compute_sizes(graph, captured)
     _require_gradients(graph, model)
     position = {path: index for index, path in reversed(list(enumerate(names.paths)))}
     order = tuple(position[ir.role_of(node).name] for node in graph.placeholders("input"))
     return Trace(graph, order, constants, rebuild, tuple(sources))
 
 
+def _sizes(captured: compat.Captured, fakes: list[torch.Tensor], paths: list[str]) -> Sizes:
+    """The symbols of a capture, in the order of the call, and what it assumed about them."""
+    places = compat.sizes_of(captured, fakes)
+    symbols: list[Size] = []
+    for symbol, (index, kind, dim) in sorted(places.items(), key=lambda item: item[1]):
+        fake = fakes[index]
+        hint = fake.size(dim) if kind == "size" else fake.stride(dim)
+        symbols.append(Size(f"s{len(symbols)}", symbol, index, paths[index], kind, dim, hint))
+    guards = compat.guards_of(captured)
+    unknown = {s for guard in guards for s in guard.free_symbols} - set(places)
+    if unknown:
+        raise CaptureError(
+            f"the forward depends on {', '.join(sorted(map(str, unknown)))}, which is no size of an input"
+        )
+    return Sizes(tuple(symbols), tuple(guards))
+
+
+def _compute_sizes(graph: TrainGraph, captured: compat.Captured) -> None:
+    """A placeholder for every symbol, and all other sizes as what follows from these.
+
+    So no size is read from a tensor within the graph, and any size can be computed in any region.
+    """
+    present = {ir.role_of(node).name for node in graph.placeholders("size")}
+    for size in graph.sizes.symbols:
+        if size.name not in present:
+            value = compat.new_size(captured, size.symbol, size.hint)
+            graph.add_placeholder("size", size.name, value)
+    for node in graph.nodes():
+        read = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+        if read and isinstance(node.meta.get("val"), torch.SymInt):
+            with graph.inserting(node, ir.region_of(node), ir.module_of(node)) as insert:
+                node.replace_all_uses_with(insert.size(node.meta["val"]))  # type: ignore[arg-type]
+            graph.graph.erase_node(node)
+
+
 def _source(
-    tensor: torch.Tensor, index_of: dict[int, int], names: _Names, path: str
+    tensor: Any, index_of: dict[int, int], names: _Names, path: str
 ) -> tuple[str, int | str]:
     key = id(tensor)
     if key in index_of:
@@ -336,7 +385,7 @@ def substituted(model: nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[
             table[key] = original
 
 
-def _call_path(path: str, model: nn.Module, positional: int) -> str:
+def call_path(path: str, model: nn.Module, positional: int) -> str:
     """A tensor's name in the call: `labels`, `batch.ids`; positional ones by the forward's names."""
     kind, _, rest = path.partition(".")
     if kind == "1":

@@ -26,7 +26,8 @@ from zerograph.explain import explained
 from zerograph.ir import Gradient, Result, Role, TrainGraph
 from zerograph.layout import Layout
 from zerograph.precision import Precision
-from zerograph.sizes import Size, Sizes
+from zerograph.sizes import Sizes
+from zerograph.symbols import compute_sizes, symbols_of
 from zerograph.template import Rebuild, dissect
 
 
@@ -77,7 +78,7 @@ def trace(
             returned, rebuild = dissect(captured.rebuilt)
             joint = compat.export_joint(captured)
     paths = [call_path(path, model, len(args)) for path, _ in tensors]
-    sizes = _sizes(captured, fakes, paths)
+    sizes = symbols_of(captured, fakes, paths)
     names = _Names(
         params={id(t): n for n, t in params.items() if n in layout.params},
         buffers={id(t): n for n, t in buffers.items()},
@@ -161,46 +162,11 @@ def _trace_of(
         sizes=sizes,
     )
     _write_origins(graph)
-    _compute_sizes(graph, captured)
+    compute_sizes(graph, captured)
     _require_gradients(graph, model)
     position = {path: index for index, path in reversed(list(enumerate(names.paths)))}
     order = tuple(position[ir.role_of(node).name] for node in graph.placeholders("input"))
     return Trace(graph, order, constants, rebuild, tuple(sources))
-
-
-def _sizes(captured: compat.Captured, fakes: list[torch.Tensor], paths: list[str]) -> Sizes:
-    """The symbols of a capture, in the order of the call, and what it assumed about them."""
-    places = compat.sizes_of(captured, fakes)
-    symbols: list[Size] = []
-    for symbol, (index, kind, dim) in sorted(places.items(), key=lambda item: item[1]):
-        fake = fakes[index]
-        hint = fake.size(dim) if kind == "size" else fake.stride(dim)
-        symbols.append(Size(f"s{len(symbols)}", symbol, index, paths[index], kind, dim, hint))
-    guards = compat.guards_of(captured)
-    unknown = {s for guard in guards for s in guard.free_symbols} - set(places)
-    if unknown:
-        raise CaptureError(
-            f"the forward depends on {', '.join(sorted(map(str, unknown)))}, which is no size of an input"
-        )
-    return Sizes(tuple(symbols), tuple(guards))
-
-
-def _compute_sizes(graph: TrainGraph, captured: compat.Captured) -> None:
-    """A placeholder for every symbol, and all other sizes as what follows from these.
-
-    So no size is read from a tensor within the graph, and any size can be computed in any region.
-    """
-    present = {ir.role_of(node).name for node in graph.placeholders("size")}
-    for size in graph.sizes.symbols:
-        if size.name not in present:
-            value = compat.new_size(captured, size.symbol, size.hint)
-            graph.add_placeholder("size", size.name, value)
-    for node in graph.nodes():
-        read = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-        if read and isinstance(node.meta.get("val"), torch.SymInt):
-            with graph.inserting(node, ir.region_of(node), ir.module_of(node)) as insert:
-                node.replace_all_uses_with(insert.size(node.meta["val"]))  # type: ignore[arg-type]
-            graph.graph.erase_node(node)
 
 
 def _source(
@@ -390,7 +356,8 @@ def call_path(path: str, model: nn.Module, positional: int) -> str:
     kind, _, rest = path.partition(".")
     if kind == "1":
         return rest
-    names = model.forward.__code__.co_varnames[1:] if hasattr(model.forward, "__code__") else ()
+    code = getattr(model.forward, "__code__", None)
+    names = code.co_varnames[1 : code.co_argcount] if code else ()
     index, _, inner = rest.partition(".")
     name = names[int(index)] if int(index) < len(names) else f"arg{index}"
     return f"{name}.{inner}" if inner else name

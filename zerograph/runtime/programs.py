@@ -130,10 +130,11 @@ class Programs:
             except Exception as error:
                 compiled = make(frozenset())
                 kind.static = True
-                said = str(error).strip().splitlines() or [""]
+                reason = "\n".join(str(error).strip().splitlines()[:6])
                 _say(
                     f"{self.model} cannot be captured with sizes that vary, so every new shape of its "
-                    f"inputs is a new capture; pad them to a few shapes. {type(error).__name__}: {said[0]}"
+                    "inputs is a new capture; pad them to a few shapes. The reason:\n"
+                    f"{type(error).__name__}: {reason}"
                 )
                 return Entry(compiled, call.shapes, frozenset())
         return Entry(make(frozenset()), call.shapes, frozenset())
@@ -148,7 +149,7 @@ class Programs:
         if self._added[family] <= WARN_BEYOND:
             return
         changed = [f"{n} is {v} (was {before[n]})" for n, v in facts.items() if v != before[n]]
-        found = min((entry.obstacles(call) for entry in kind.entries), key=len, default=changed)
+        found = min((e.obstacles(call) for e in reversed(kind.entries)), key=len, default=changed)
         _say(
             f"program {self._added[family]} of {self.model} for inputs of one structure: "
             f"{', '.join(found) or 'an earlier one was for it and has gone'}. Every program takes as long "

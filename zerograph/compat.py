@@ -11,6 +11,9 @@ else:
     torch._dynamo.config (names below)                                 2.11 - 2.13
     torch.distributed.distributed_c10d._get_default_store              2.11 - 2.13
     ctx.maybe_clear_saved_tensors of autograd functions                2.11 - 2.13
+    torch._dynamo.maybe_mark_dynamic, TracingContext.tensor_to_context 2.13
+    ShapeEnv: guards, var_to_sources, create_symintnode; SymInt.node   2.13
+    torch.utils._sympy: interp, printers, reference                    2.13
 """
 
 import contextlib
@@ -21,11 +24,13 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+import sympy  # type: ignore[import-untyped]
 import torch
 import torch.distributed as dist
 from torch import fx, nn
 from torch._dynamo import functional_export
 from torch._dynamo.exc import TorchDynamoException as DynamoError
+from torch._dynamo.source import TensorProperty, TensorPropertySource
 from torch._functorch._aot_autograd.descriptors import (
     GradAOTOutput,
     InputMutationAOTOutput,
@@ -36,11 +41,15 @@ from torch._functorch._aot_autograd.descriptors import (
 from torch._functorch._aot_autograd.schemas import OutputType
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP, ShapeEnv
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.printers import PythonPrinter
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from zerograph.errors import CaptureError
 
 __all__ = [
+    "SYMBOLIC",
     "Captured",
     "DynamoError",
     "FakeTensorMode",
@@ -52,8 +61,18 @@ __all__ = [
     "capture",
     "clear_saved",
     "default_store",
+    "exact",
     "export_joint",
+    "function_of",
+    "guards_of",
+    "hint",
+    "insert_expression",
+    "mark_dynamic",
     "new_fake_mode",
+    "new_size",
+    "show",
+    "sizes_of",
+    "symbol_of",
 ]
 
 
@@ -67,8 +86,8 @@ class Captured:
     """A model's forward as a flat graph: tensors in, tensors out."""
 
     module: fx.GraphModule
-    inputs: list[torch.Tensor]
-    """What each placeholder was fed: parameters, buffers, arguments or captured constants."""
+    inputs: list[Any]
+    """What each placeholder was fed: parameters, buffers, arguments, captured constants or SymInts."""
     outputs: list[torch.Tensor]
     """The graph's fake outputs."""
     rebuilt: Any
@@ -85,7 +104,9 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         module = functional_export.dynamo_graph_capture_for_export(model)(*args, **kwargs)
     _heed(said)
     flatten, unflatten = module._dynamo_bytecode_flatten, module._dynamo_bytecode_unflatten
-    inputs = list(flatten(*args, *kwargs.values()))
+    fed = flatten(*args, *kwargs.values())
+    examples = [_example(node) for node in module.graph.find_nodes(op="placeholder")]
+    inputs = [e if isinstance(e, torch.SymInt) else i for i, e in zip(fed, examples, strict=True)]
     returned = module.graph.output_node().args[0]
     outputs = [_example(node) for node in returned]
     rebuilt = unflatten(tuple(outputs), (*args, *kwargs.values()))
@@ -216,3 +237,89 @@ def clear_saved(ctx: Any) -> None:
 def default_store() -> Any:
     """The key-value store of the default process group."""
     return dist.distributed_c10d._get_default_store()
+
+
+# Sizes that vary
+
+SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+"""Scalars of a capture that follow from sizes."""
+
+
+def mark_dynamic(tensor: torch.Tensor, dim: int) -> None:
+    """Let capture give a dim of a fake input a symbol; the forward may still settle its size."""
+    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def sizes_of(
+    captured: Captured, tensors: Sequence[torch.Tensor]
+) -> dict[Any, tuple[int, str, int]]:
+    """Where each symbol of a capture comes from: (index into `tensors`, "size" or "stride", dim)."""
+    contexts = captured.tracing_context.tensor_to_context
+    bases: dict[Any, int] = {}
+    for index, tensor in enumerate(tensors):
+        if (context := contexts.get(tensor)) is not None:
+            bases.setdefault(context.tensor_source, index)
+    kinds = {TensorProperty.SIZE: "size", TensorProperty.STRIDE: "stride"}
+    found: dict[Any, tuple[int, str, int]] = {}
+    for symbol, sources in captured.fake_mode.shape_env.var_to_sources.items():  # type: ignore[union-attr]
+        for source in sources:
+            if isinstance(source, TensorPropertySource) and source.base in bases:
+                place = (bases[source.base], kinds.get(source.prop), source.idx)
+                if place[1] is not None and place[2] is not None:
+                    found.setdefault(symbol, place)  # type: ignore[arg-type]
+    return found
+
+
+def guards_of(captured: Captured) -> list[Any]:
+    """What capture assumed about its symbols, as sympy expressions; each once."""
+    return list(dict.fromkeys(guard.expr for guard in captured.fake_mode.shape_env.guards))  # type: ignore[union-attr]
+
+
+def new_size(captured: Captured, symbol: Any, hint: int) -> torch.SymInt:
+    """The SymInt of a symbol of the capture."""
+    made: Any = captured.fake_mode.shape_env.create_symintnode(symbol, hint=hint)  # type: ignore[union-attr]
+    return made  # type: ignore[no-any-return]
+
+
+def symbol_of(value: torch.SymInt) -> Any:
+    """The symbol that an input SymInt was made for, whatever is known of it by now."""
+    return value.node._expr
+
+
+def exact(value: Any) -> Any:
+    """A size as it is: an int, or the expression of a SymInt. Comparing these adds no guard."""
+    return value.node.expr if isinstance(value, SYMBOLIC) else value
+
+
+def hint(value: Any) -> int:
+    """A size at the call that was captured."""
+    return int(value.node.hint) if isinstance(value, torch.SymInt) else int(value)
+
+
+def function_of(
+    symbols: Sequence[Any], expressions: Sequence[Any]
+) -> Callable[..., tuple[Any, ...]]:
+    """A Python function from the symbols' values, in order, to those of the expressions."""
+    printer = PythonPrinter()
+    values = "".join(f"{printer.doprint(e)}, " for e in expressions)
+    code = f"lambda {', '.join(map(str, symbols))}: ({values})"
+    made: Callable[..., tuple[Any, ...]] = eval(code, dict(SYMPY_INTERP))
+    return made
+
+
+def show(expression: Any, names: dict[Any, str]) -> str:
+    """An expression as text, with its symbols renamed."""
+    if not isinstance(expression, sympy.Basic):
+        return str(expression)
+    renamed = expression.xreplace({s: sympy.Symbol(n, integer=True) for s, n in names.items()})
+    if isinstance(renamed, sympy.core.relational.Relational):
+        return f"{renamed.lhs} {renamed.rel_op} {renamed.rhs}"
+    return str(renamed)
+
+
+def insert_expression(graph: fx.Graph, expression: Any, nodes: dict[Any, fx.Node]) -> fx.Node | int:
+    """Nodes that compute an expression over symbols' nodes, at the graph's insertion point."""
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    proxies = {symbol: fx.Proxy(node, tracer) for symbol, node in nodes.items()}
+    made = sympy_interp(PythonReferenceAnalysis, proxies, expression)
+    return made.node if isinstance(made, fx.Proxy) else int(made)

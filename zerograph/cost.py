@@ -11,6 +11,7 @@ from typing import Any, cast
 from torch import fx
 
 from zerograph import ops
+from zerograph.compat import hint
 from zerograph.ir import REGIONS, TrainGraph, is_call, is_view, map_tensors, region_of, role_of
 
 
@@ -89,8 +90,9 @@ def collective_bytes(node: fx.Node) -> int:
 
 
 def nbytes(node: fx.Node) -> int:
-    """Bytes of a node's value, as if its storage were its own."""
-    return sum(map_tensors(node.meta.get("val"), lambda t: t.numel() * t.dtype.itemsize))
+    """Bytes of a node's value at the captured call's sizes, as if its storage were its own."""
+    sizes = map_tensors(node.meta.get("val"), lambda t: hint(t.numel()) * t.dtype.itemsize)
+    return sum(sizes)
 
 
 def peak_gathered(graph: TrainGraph) -> int:

@@ -5,14 +5,16 @@
     engine.backward(loss)
     engine.step()
 
-The engine captures at the first call of a kind and keeps the programs. It owns the model's parameters:
-they keep their names, shapes and dtypes, and have no values until `zerograph.gathered` or `destroy()`.
+The engine captures at the first call of a kind, and again when a size varies (runtime/programs.py). It owns
+the model's parameters: they keep their names, shapes and dtypes, and have no values until
+`zerograph.gathered` or `destroy()`.
 """
 
 import logging
 import math
 import os
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,12 +30,13 @@ from zerograph.plan import OptimizerSpec, Plan, optimizer_of, plan_of
 from zerograph.precision import precision_of, short
 from zerograph.runtime import values
 from zerograph.runtime.agree import Agreement
-from zerograph.runtime.key import key_of
+from zerograph.runtime.key import call_of
 from zerograph.runtime.loss_scale import scaler_of
 from zerograph.runtime.lr_schedule import scheduler_of
 from zerograph.runtime.optimizer import ShardedOptimizer
 from zerograph.runtime.parameters import Parameters
 from zerograph.runtime.place import place
+from zerograph.runtime.programs import Dims, Programs
 from zerograph.runtime.relayout import relay
 from zerograph.runtime.run import Compiled, Runner
 from zerograph.runtime.state import State
@@ -100,7 +103,7 @@ class Engine:
         self._scaler = scaler_of(config)
         self._set_scale()
         self._weights: list[float] = []
-        self._programs: dict[Hashable, Compiled] = {}
+        self._programs = Programs(type(model).__name__)
         self._plan: Plan | None = None
         self._step_program: tuple[Plan, Program] | None = None
         self._used: set[str] = set()
@@ -120,10 +123,8 @@ class Engine:
         placed = place(tensors, self.world.device, self.state.precision)
         args, kwargs = rebuild(placed)
         named = [(path, tensor) for (path, _), tensor in zip(tensors, placed)]
-        key = key_of(self.module, (args, kwargs), named)
-        compiled = self._programs.get(key)
-        if compiled is None:
-            compiled = self._programs[key] = self._compile(args, kwargs)
+        call = call_of(self.module, (args, kwargs), named)
+        compiled = self._programs.find(call, partial(self._compile, args, kwargs))
         return self._run(compiled, placed)
 
     def backward(
@@ -302,10 +303,15 @@ class Engine:
         self._programs.clear()
         self._plan = self._step_program = None
 
-    def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compiled:
-        layout, precision = self.state.layout, self.state.precision
+    def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Dims) -> Compiled:
         traced = trace(
-            self.module, args, kwargs, layout=layout, precision=precision, device=self.world.device
+            self.module,
+            args,
+            kwargs,
+            layout=self.state.layout,
+            precision=self.state.precision,
+            device=self.world.device,
+            dynamic=dynamic,
         )
 
         def make_plan(arriving: tuple[str, ...] | None = None) -> Plan:

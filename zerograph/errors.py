@@ -31,3 +31,7 @@ class AgreementError(ZerographError):
 
 class LossScaleError(ZerographError):
     """Raised when gradients overflow at the least loss scale, so that training cannot go on."""
+
+
+class ProgramWarning(UserWarning):
+    """Given when calls of an engine need many programs, or one for each shape."""

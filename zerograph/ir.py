@@ -6,6 +6,7 @@ The graph has three regions, in this order: forward, backward, step. Its placeho
     buffer     a buffer of the module                      name = FQN
     constant   a tensor that the module's code captured    name = c0, c1, ...
     input      a tensor argument of the forward            name = its path in the call
+    size       a size that varies from call to call        name = s0, s1, ... (sizes.py)
     tangent    the gradient of an output that arrived      name = the output's path
     full       a bucket's full storage (stages 0 to 2)     name = bucket
     shard      this rank's slice of a bucket               name = bucket
@@ -35,9 +36,10 @@ from torch import fx
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from zerograph import ops
+from zerograph import compat, ops
 from zerograph.layout import Layout
 from zerograph.precision import Precision
+from zerograph.sizes import Sizes
 
 Region = Literal["forward", "backward", "step"]
 REGIONS: tuple[Region, ...] = ("forward", "backward", "step")
@@ -89,6 +91,8 @@ class TrainGraph:
     unused: tuple[str, ...] = ()
     """Trainable parameters that receive no gradient in this graph."""
     notes: dict[str, Any] = field(default_factory=dict)
+    sizes: Sizes = field(default_factory=Sizes)
+    """The symbols of a dynamic graph."""
 
     @property
     def graph(self) -> fx.Graph:
@@ -134,7 +138,7 @@ class TrainGraph:
         current = dict(cast(dict[str, Any], self.output.args[0]))
         self.output.args = ({**current, **{k: tuple(v) for k, v in sections.items()}},)
 
-    def add_placeholder(self, kind: str, name: str, value: torch.Tensor) -> fx.Node:
+    def add_placeholder(self, kind: str, name: str, value: Any) -> fx.Node:
         """A new input of the graph, after those that are there."""
         last = self.placeholders()
         anchor = last[-1] if last else None
@@ -181,6 +185,28 @@ class Inserter:
             node.meta["val"] = target(*values[0], **values[1])
         node.meta.update(region=self.region, module=self.module)
         return node
+
+    def size(self, value: int | torch.SymInt) -> fx.Node | int:
+        """A size of a value of the graph, as an argument: a number, or what computes it."""
+        if isinstance(value, int):
+            return value
+        inputs = {
+            s.symbol: self.graph.placeholder("size", s.name) for s in self.graph.sizes.symbols
+        }
+        made = compat.insert_expression(self.graph.graph, compat.exact(value), inputs)
+        for node in _sources(made, set(inputs.values())):
+            args = fx.map_arg(node.args, lambda n: n.meta["val"])
+            value = cast(Callable[..., Any], node.target)(*args)
+            node.meta.update(val=value, region=self.region, module=self.module)
+        return made
+
+
+def _sources(made: fx.Node | int, inputs: set[fx.Node]) -> Iterator[fx.Node]:
+    """The nodes that compute `made` from `inputs`, in order."""
+    if isinstance(made, fx.Node) and made not in inputs:
+        for source in made.all_input_nodes:
+            yield from _sources(source, inputs)
+        yield made
 
 
 def region_of(node: fx.Node) -> Region:

@@ -16,21 +16,20 @@ from torch.utils import _pytree as pytree
 Rebuild = Callable[[Sequence[Any]], Any]
 
 
-def dissect(value: Any) -> tuple[list[tuple[str, torch.Tensor]], Rebuild]:
+def dissect(value: Any) -> tuple[list[tuple[str, Any]], Rebuild]:
     """The tensors in `value` with their paths ("loss", "past.layers.0.keys"), and its rebuilder.
 
     The rebuilder takes one replacement for each tensor, in order. A tensor that occurs twice is
-    listed twice. Whatever is not a container is kept as it is.
+    listed twice. A size that varies (a SymInt) counts as a tensor. Whatever else is not a container is
+    kept as it is.
     """
-    leaves: list[tuple[str, torch.Tensor]] = []
+    leaves: list[tuple[str, Any]] = []
     rebuild = _walk(value, "", leaves, ())
     return leaves, rebuild
 
 
-def _walk(
-    value: Any, path: str, leaves: list[tuple[str, torch.Tensor]], above: tuple[int, ...]
-) -> Rebuild:
-    if isinstance(value, torch.Tensor):
+def _walk(value: Any, path: str, leaves: list[tuple[str, Any]], above: tuple[int, ...]) -> Rebuild:
+    if isinstance(value, (torch.Tensor, torch.SymInt)):
         index = len(leaves)
         leaves.append((path, value))
         return lambda tensors: tensors[index]

@@ -13,6 +13,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from zerograph import ops
+from zerograph.compat import SYMBOLIC
 from zerograph.cost import collective_bytes, memory_of, nbytes, traffic_of
 from zerograph.ir import (
     REGIONS,
@@ -25,6 +26,7 @@ from zerograph.ir import (
     role_of,
 )
 from zerograph.precision import short
+from zerograph.sizes import Sizes
 
 VERSION = 1
 _ARGUMENTS: dict[Region, tuple[str, ...]] = {
@@ -42,6 +44,7 @@ def text(graph: TrainGraph, after: str, *, skeleton: bool = False) -> str:
         f"# zerograph {VERSION} | {graph.model} | stage {graph.stage} | world {graph.world} "
         f"| after {after}",
         f"precision  {graph.precision.describe()}",
+        *_sizes(graph),
         *_buckets(graph),
     ]
     for region in REGIONS:
@@ -76,6 +79,15 @@ def size(count: int) -> str:
     raise AssertionError
 
 
+def _sizes(graph: TrainGraph) -> Iterator[str]:
+    """The symbols of a dynamic graph with their values at capture, and the guards."""
+    sizes = graph.sizes
+    if sizes.symbols:
+        yield "sizes  " + ", ".join(f"{s.name} = {s} ({s.hint})" for s in sizes.symbols)
+    if sizes.guards:
+        yield "guards  " + ", ".join(map(sizes.show, sizes.guards))
+
+
 def _buckets(graph: TrainGraph) -> Iterator[str]:
     yield "buckets"
     buckets = graph.layout.buckets.values()
@@ -94,14 +106,22 @@ def _buckets(graph: TrainGraph) -> Iterator[str]:
 # Names
 
 
-def _names(graph: TrainGraph) -> dict[fx.Node, str]:
-    names: dict[fx.Node, str] = {}
+class _Names(dict[fx.Node, str]):
+    """Names of nodes, and of the symbols in their shapes."""
+
+    sizes: Sizes
+
+
+def _names(graph: TrainGraph) -> _Names:
+    names = _Names()
+    names.sizes = graph.sizes
     for node in graph.placeholders():
         role = role_of(node)
         names[node] = {
             "input": f"%{role.name}",
             "buffer": f"%{role.name}",
             "constant": f"%{role.name}",
+            "size": f"%{role.name}",
             "param": f"%{role.name}",
             "tangent": f"%d_{role.name}",
             "hyper": "%hyper",
@@ -120,7 +140,7 @@ def _names(graph: TrainGraph) -> dict[fx.Node, str]:
     return names
 
 
-def _zero_name(node: fx.Node, names: dict[fx.Node, str]) -> str:
+def _zero_name(node: fx.Node, names: _Names) -> str:
     first = node.args[0]
     if is_call(node, ops.wait, ops.put):
         return names[cast(fx.Node, first)]
@@ -158,17 +178,17 @@ def _bucket_of(node: fx.Node) -> str:
 # Lines
 
 
-def _line(node: fx.Node, names: dict[fx.Node, str]) -> str:
+def _line(node: fx.Node, names: _Names) -> str:
     if ops.is_zero(node.target):
         body = _zero_line(node, names)
         note = size(collective_bytes(node)) if is_call(node, *ops.COLLECTIVES) else ""
     else:
-        body = f"{names[node]}: {_type(node)} = {_call(node, names)}"
+        body = f"{names[node]}: {_type(node, names)} = {_call(node, names)}"
         note = module_of(node)
     return f"  {body:<68}  # {note}" if note else f"  {body}"
 
 
-def _zero_line(node: fx.Node, names: dict[fx.Node, str]) -> str:
+def _zero_line(node: fx.Node, names: _Names) -> str:
     target = f"zero.{cast(OpOverload, node.target)._schema.name.partition('::')[2]}"
     name, args = names[node], node.args
     first = _value(args[0], names)
@@ -177,14 +197,15 @@ def _zero_line(node: fx.Node, names: dict[fx.Node, str]) -> str:
     if is_call(node, ops.wait, ops.release):
         return f"{target} {first}"
     if is_call(node, ops.param):
-        return f"{name}: {_type(node)} = {target} {first}"
+        return f"{name}: {_type(node, names)} = {target} {first}"
     if is_call(node, ops.put):
         return f'{target} {first}, {_value(args[1], names)} "{args[2]}"'
     if is_call(node, ops.grad_buffer):
-        return f"{name}: {_type(node)} = {target} {args[1]}"
+        return f"{name}: {_type(node, names)} = {target} {args[1]}"
     if is_call(node, ops.update):
         return f"{target}.{args[9]} {_update_arguments(node, names)}"
-    return f"{name}: {_type(node)} = {target} {', '.join(_value(a, names) for a in _shown(node))}"
+    shown = ", ".join(_value(a, names) for a in _shown(node))
+    return f"{name}: {_type(node, names)} = {target} {shown}"
 
 
 def _shown(node: fx.Node) -> Sequence[Any]:
@@ -198,7 +219,7 @@ def _shown(node: fx.Node) -> Sequence[Any]:
     return args[:-1] if is_call(node, ops.accumulate) and args[-1] == 1.0 else args
 
 
-def _update_arguments(node: fx.Node, names: dict[fx.Node, str]) -> str:
+def _update_arguments(node: fx.Node, names: _Names) -> str:
     master, grad, state, low, hyper, used, factor, finite = node.args[:8]
     parts = [_value(master, names), _value(grad, names), _value(state, names)]
     parts += [f"low={_value(low, names)}"] if low is not None else []
@@ -208,7 +229,7 @@ def _update_arguments(node: fx.Node, names: dict[fx.Node, str]) -> str:
     return ", ".join(parts)
 
 
-def _call(node: fx.Node, names: dict[fx.Node, str]) -> str:
+def _call(node: fx.Node, names: _Names) -> str:
     if node.op == "get_attr":
         return "constant"
     args = [_value(a, names) for a in node.args]
@@ -227,7 +248,7 @@ def _target(node: fx.Node) -> str:
     return str(getattr(target, "__name__", target)) if callable(target) else str(target)
 
 
-def _value(value: Any, names: dict[fx.Node, str]) -> str:
+def _value(value: Any, names: _Names) -> str:
     if isinstance(value, fx.Node):
         return names[value]
     if isinstance(value, (list, tuple)):
@@ -239,29 +260,28 @@ def _value(value: Any, names: dict[fx.Node, str]) -> str:
     return repr(value)
 
 
-def _type(node: fx.Node) -> str:
-    types = map_tensors(node.meta.get("val"), _tensor_type)
-    if len(types) == 1 and isinstance(node.meta["val"], torch.Tensor):
+def _type(node: fx.Node, names: _Names) -> str:
+    value, show = node.meta.get("val"), names.sizes.show
+    types = map_tensors(value, lambda t: f"{short(t.dtype)}[{','.join(map(show, t.shape))}]")
+    if isinstance(value, SYMBOLIC):
+        return show(value)
+    if len(types) == 1 and isinstance(value, torch.Tensor):
         return str(types[0])
     return f"({', '.join(types)})" if types else "none"
 
 
-def _tensor_type(tensor: torch.Tensor) -> str:
-    return f"{short(tensor.dtype)}[{','.join(str(int(s)) for s in tensor.shape)}]"
-
-
-def _arguments(graph: TrainGraph, region: Region, names: dict[fx.Node, str]) -> str:
+def _arguments(graph: TrainGraph, region: Region, names: _Names) -> str:
     kinds = _ARGUMENTS[region]
     found = [n for n in graph.placeholders() if role_of(n).kind in kinds and _read(n, region)]
     found.sort(key=lambda n: (kinds.index(role_of(n).kind), role_of(n).name))
-    return ", ".join(f"{names[n]}: {_type(n)}" for n in found)
+    return ", ".join(f"{names[n]}: {_type(n, names)}" for n in found)
 
 
 def _read(node: fx.Node, region: Region) -> bool:
     return any(user.op == "output" or region_of(user) == region for user in node.users)
 
 
-def _returns(graph: TrainGraph, region: Region, names: dict[fx.Node, str]) -> list[str]:
+def _returns(graph: TrainGraph, region: Region, names: _Names) -> list[str]:
     """What leaves a region, by name; and how much the forward saves."""
     values = graph.outputs(region)
     entries: Sequence[Any] = graph.results if region == "forward" else graph.gradients
@@ -280,13 +300,15 @@ def _label(entry: Any) -> str:
     return prefix.get(entry.kind, "") + str(entry.name)
 
 
-def _folded(names: dict[fx.Node, str]) -> dict[fx.Node, str]:
+def _folded(names: _Names) -> _Names:
     """Names in a skeleton: values of aten ops have no number, which torch's decompositions decide."""
     named = {n: n.op == "placeholder" or ops.is_zero(n.target) for n in names}
-    return {n: name if named[n] else "%_" for n, name in names.items()}
+    folded = _Names({n: name if named[n] else "%_" for n, name in names.items()})
+    folded.sizes = names.sizes
+    return folded
 
 
-def _skeleton(nodes: list[fx.Node], names: dict[fx.Node, str]) -> list[str]:
+def _skeleton(nodes: list[fx.Node], names: _Names) -> list[str]:
     """zero.* lines, with each run of aten ops between them folded into one."""
     lines: list[str] = []
     for node in nodes:

@@ -11,7 +11,7 @@ of a named device, never as meta: on meta the backward of some losses is lost wi
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +26,8 @@ from zerograph.explain import explained
 from zerograph.ir import Gradient, Result, Role, TrainGraph
 from zerograph.layout import Layout
 from zerograph.precision import Precision
+from zerograph.sizes import Sizes
+from zerograph.symbols import compute_sizes, symbols_of
 from zerograph.template import Rebuild, dissect
 
 
@@ -53,8 +55,11 @@ def trace(
     layout: Layout,
     precision: Precision,
     device: torch.device,
+    dynamic: Collection[tuple[int, int]] = (),
 ) -> Trace:
     """Trace one call under the grad and autocast modes in force.
+
+    `dynamic` are the dims whose sizes may vary, as (index of the tensor in the call, dim).
 
     Raises CaptureError, with the user's own source line, for what cannot be captured whole.
     """
@@ -64,20 +69,24 @@ def trace(
         params, buffers = _fake_state(model, layout, mode, device)
         tensors, rebuild_call = dissect((args, kwargs))
         fakes = _fake_inputs([tensor for _, tensor in tensors], precision, mode, device)
+        for index, dim in dynamic:
+            compat.mark_dynamic(fakes[index], dim)
         fake_args, fake_kwargs = rebuild_call(fakes)
         call = partial(model, *fake_args, **fake_kwargs)
         with substituted(model, {**params, **buffers}), explained(model, call, mode):
             captured = compat.capture(model, fake_args, fake_kwargs)
             returned, rebuild = dissect(captured.rebuilt)
             joint = compat.export_joint(captured)
-    paths = [_call_path(path, model, len(args)) for path, _ in tensors]
+    paths = [call_path(path, model, len(args)) for path, _ in tensors]
+    sizes = symbols_of(captured, fakes, paths)
     names = _Names(
         params={id(t): n for n, t in params.items() if n in layout.params},
         buffers={id(t): n for n, t in buffers.items()},
         inputs={id(t): i for i, t in reversed(list(enumerate(fakes)))},
+        sizes={size.symbol: size.name for size in sizes.symbols},
         paths=paths,
     )
-    return _trace_of(model, joint, captured, returned, rebuild, names, layout, precision)
+    return _trace_of(model, joint, captured, returned, rebuild, names, layout, precision, sizes)
 
 
 @dataclass
@@ -87,9 +96,12 @@ class _Names:
     params: dict[int, str]
     buffers: dict[int, str]
     inputs: dict[int, int]
+    sizes: dict[Any, str]
     paths: list[str]
 
-    def role(self, tensor: torch.Tensor, constants: dict[str, torch.Tensor]) -> Role:
+    def role(self, tensor: Any, constants: dict[str, torch.Tensor]) -> Role:
+        if isinstance(tensor, torch.SymInt):
+            return Role("size", self.sizes[compat.symbol_of(tensor)])
         key = id(tensor)
         if key in self.params:
             return Role("param", self.params[key])
@@ -106,11 +118,12 @@ def _trace_of(
     model: nn.Module,
     joint: fx.GraphModule,
     captured: compat.Captured,
-    returned: list[tuple[str, torch.Tensor]],
+    returned: list[tuple[str, Any]],
     rebuild: Rebuild,
     names: _Names,
     layout: Layout,
     precision: Precision,
+    sizes: Sizes,
 ) -> Trace:
     """Name everything in the joint graph, and set its output in sections."""
     constants: dict[str, torch.Tensor] = {}
@@ -146,8 +159,10 @@ def _trace_of(
         gradients=tuple(gradients),
         fake_mode=captured.fake_mode,
         training=bool(differentiable),
+        sizes=sizes,
     )
     _write_origins(graph)
+    compute_sizes(graph, captured)
     _require_gradients(graph, model)
     position = {path: index for index, path in reversed(list(enumerate(names.paths)))}
     order = tuple(position[ir.role_of(node).name] for node in graph.placeholders("input"))
@@ -155,7 +170,7 @@ def _trace_of(
 
 
 def _source(
-    tensor: torch.Tensor, index_of: dict[int, int], names: _Names, path: str
+    tensor: Any, index_of: dict[int, int], names: _Names, path: str
 ) -> tuple[str, int | str]:
     key = id(tensor)
     if key in index_of:
@@ -336,12 +351,13 @@ def substituted(model: nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[
             table[key] = original
 
 
-def _call_path(path: str, model: nn.Module, positional: int) -> str:
+def call_path(path: str, model: nn.Module, positional: int) -> str:
     """A tensor's name in the call: `labels`, `batch.ids`; positional ones by the forward's names."""
     kind, _, rest = path.partition(".")
     if kind == "1":
         return rest
-    names = model.forward.__code__.co_varnames[1:] if hasattr(model.forward, "__code__") else ()
+    code = getattr(model.forward, "__code__", None)
+    names = code.co_varnames[1 : code.co_argcount] if code else ()
     index, _, inner = rest.partition(".")
     name = names[int(index)] if int(index) < len(names) else f"arg{index}"
     return f"{name}.{inner}" if inner else name

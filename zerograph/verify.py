@@ -121,7 +121,7 @@ def _comes_from(node: fx.Node, kinds: tuple[str, ...]) -> bool:
 
 def _saved_is_complete(graph: TrainGraph) -> Iterator[str]:
     saved = set(graph.outputs("saved"))
-    kinds = ("buffer", "constant", "input")
+    kinds = ("buffer", "constant", "input", "size")
     for node in graph.nodes("backward"):
         for source in node.all_input_nodes:
             forward = source.op != "placeholder" and region_of(source) == "forward"

@@ -22,6 +22,8 @@ from zerograph.codegen import kernels
 from zerograph.ir import Region, Role, TrainGraph, is_call, role_of
 
 c10d = torch.ops._c10d_functional
+_KEPT = ("buffer", "constant", "input", "size")
+"""Inputs that the backward takes as they were in the forward."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class _Builder:
     def _role(self, node: fx.Node) -> Role:
         if node.op == "placeholder":
             role = role_of(node)
-            kept = self.region == "backward" and role.kind in ("buffer", "constant", "input")
+            kept = self.region == "backward" and role.kind in _KEPT
             return Role("saved", node.name) if kept else role
         if is_call(node, ops.accumulate):
             return Role("kept", cast(str, node.args[2]))

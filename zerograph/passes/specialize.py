@@ -17,6 +17,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import fx
 
+from zerograph import compat
 from zerograph.ir import TrainGraph, is_call, module_of, region_of, role_of
 
 
@@ -50,7 +51,8 @@ def _saved(graph: TrainGraph) -> list[fx.Node]:
     for node in graph.nodes("backward"):
         needed.update(node.all_input_nodes)
     needed.update(n for n in graph.outputs("backward") if n is not None)
-    kinds = ("buffer", "constant", "input")
+    needed.update(graph.placeholders("size"))
+    kinds = ("buffer", "constant", "input", "size")
     inputs = [p for p in graph.placeholders() if role_of(p).kind in kinds]
     return [n for n in (*inputs, *graph.nodes("forward")) if n in needed]
 
@@ -81,9 +83,12 @@ def _other_side(node: fx.Node, dead: list[fx.Node]) -> fx.Node | None:
     operands = [n for n in node.args if n not in dead]
     if len(operands) != 1 or not isinstance(operands[0], fx.Node):
         return None
-    ours, theirs = node.meta["val"], operands[0].meta["val"]
-    same = (ours.shape, ours.stride(), ours.dtype) == (theirs.shape, theirs.stride(), theirs.dtype)
-    return operands[0] if same else None
+    ours, theirs = (_layout(n.meta["val"]) for n in (node, operands[0]))
+    return operands[0] if ours == theirs else None
+
+
+def _layout(value: torch.Tensor) -> tuple[Any, ...]:
+    return (*map(compat.exact, (*value.shape, *value.stride())), value.dtype)
 
 
 def _zeros_like(graph: TrainGraph, source: fx.Node, before: fx.Node) -> fx.Node:
@@ -91,7 +96,7 @@ def _zeros_like(graph: TrainGraph, source: fx.Node, before: fx.Node) -> fx.Node:
     with graph.inserting(before, region_of(before), module_of(before)) as insert:
         return insert(
             torch.ops.aten.full.default,
-            list(value.shape),
+            [insert.size(dim) for dim in value.shape],
             0,
             dtype=value.dtype,
             device=value.device,

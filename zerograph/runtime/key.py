@@ -1,36 +1,115 @@
 """The key of a call: what a captured program is valid for.
 
 Capture specialises on all of this without a word (labels that are the inputs themselves, a Python float, a
-training flag), so all of it is compared at every call, and a call with another key is captured anew.
+training flag), so all of it is compared at every call. Calls of one kind differ in the sizes of their
+tensors alone; which of them share a program is for runtime/programs.py.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zerograph.trace import call_path
 
-def key_of(module: nn.Module, values: Any, tensors: Sequence[tuple[str, Tensor]]) -> Hashable:
-    """The key of calling `module` with `values`, whose tensors (with paths) are `tensors`."""
-    return (
+
+@dataclass(frozen=True)
+class Call:
+    """A call of `module` with `values` = (args, kwargs), whose tensors (with paths) are `tensors`."""
+
+    module: nn.Module
+    values: Any
+    named: Sequence[tuple[str, Tensor]]
+    kind: Hashable
+    """All but the sizes."""
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [tensor for _, tensor in self.named]
+
+    def path(self, index: int) -> str:
+        """The name of a tensor in the call: `input_ids`, `batch.ids`."""
+        return call_path(self.named[index][0], self.module, len(self.values[0]))
+
+    def facts(self) -> dict[str, str]:
+        """What varies from call to call, in the user's terms: `input_ids.size(1)`: `16`."""
+        found: dict[str, str] = {}
+        for index, tensor in enumerate(self.tensors):
+            name = self.path(index)
+            found |= {f"{name}.size({dim})": str(size) for dim, size in enumerate(tensor.shape)}
+            order = layout_of(tensor)
+            found[f"the layout of {name}"] = "contiguous" if order == () else str(tensor.stride())
+        for path, value in _leaves(self.values, ""):
+            found[call_path(path, self.module, len(self.values[0]))] = repr(value)[:80]
+        found["sharing of storage"] = str([first for first, *_ in aliasing(self.tensors)])
+        return found
+
+    def family(self, facts: dict[str, str]) -> Hashable:
+        """What calls have in common that differ in `facts` alone."""
+        types = tuple((t.dtype, t.device, t.requires_grad) for _, t in self.named)
+        return (tuple(facts), types, _flags(self.module), modes())
+
+
+def call_of(module: nn.Module, values: Any, named: Sequence[tuple[str, Tensor]]) -> Call:
+    """The call of `module` with `values`, whose tensors (with paths) are `named`."""
+    kind = (
         structure_of(values),
-        tuple((path, *_tensor(tensor)) for path, tensor in tensors),
-        aliasing([tensor for _, tensor in tensors]),
-        tuple(child.training for child in module.modules()),
-        tuple(parameter.requires_grad for parameter in module.parameters()),
+        tuple((path, *_tensor(tensor)) for path, tensor in named),
+        aliasing([tensor for _, tensor in named]),
+        _flags(module),
         modes(),
     )
+    return Call(module, values, named, kind, tuple(tuple(tensor.shape) for _, tensor in named))
 
 
 def _tensor(tensor: Tensor) -> tuple[Hashable, ...]:
     return (
-        tuple(tensor.shape),
-        tensor.stride(),
+        tensor.dim(),
+        layout_of(tensor),
         tensor.dtype,
         tensor.device,
         tensor.requires_grad,
     )
+
+
+def layout_of(tensor: Tensor) -> tuple[Any, ...]:
+    """The layout whatever the sizes: () if contiguous, the order of dims if dense, else the strides."""
+    shape, stride = tensor.shape, tensor.stride()
+    dims = range(len(shape))
+    if _is_dense(shape, stride, dims):
+        return ()
+    order = sorted(dims, key=lambda dim: (-stride[dim], dim))
+    return ("order", *order) if _is_dense(shape, stride, order) else ("stride", *stride)
+
+
+def _is_dense(shape: Sequence[int], stride: Sequence[int], order: Sequence[int]) -> bool:
+    """Whether the strides are those of a tensor without gaps whose dims lie in this order."""
+    expected = 1
+    for dim in reversed(order):
+        if stride[dim] != expected:
+            return False
+        expected *= max(shape[dim], 1)
+    return True
+
+
+def _flags(module: nn.Module) -> Hashable:
+    return (
+        tuple(child.training for child in module.modules()),
+        tuple(parameter.requires_grad for parameter in module.parameters()),
+    )
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """The values in nested containers that are no tensors, with their paths."""
+    if isinstance(value, (dict, list, tuple)):
+        parts = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, part in parts:
+            yield from _leaves(part, f"{path}.{name}" if path else str(name))
+    elif not isinstance(value, Tensor):
+        yield path, value
 
 
 def structure_of(value: Any) -> Hashable:
@@ -54,7 +133,7 @@ def structure_of(value: Any) -> Hashable:
     return (type(value), value)
 
 
-def aliasing(tensors: Sequence[Tensor]) -> Hashable:
+def aliasing(tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], ...]:
     """For each tensor the first one that it shares storage with, and whether it is the same."""
     first: dict[int, int] = {}
     pattern = []

@@ -9,6 +9,7 @@ The backward program is made for the gradients that arrive, at the first backwar
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,8 @@ class Compiled:
     """Plans the step for other arriving gradients, agreeing with the other ranks."""
     group: str
     backwards: dict[tuple[str, ...], tuple[Plan, Program]] = field(default_factory=dict)
+    waiting: "WeakSet[Any]" = field(default_factory=WeakSet)
+    """The autograd nodes whose backward has not run, as long as they can still run."""
 
     def backward(self, arriving: tuple[str, ...]) -> tuple[Plan, Program]:
         if arriving not in self.backwards:
@@ -62,21 +65,22 @@ class Runner:
     def __call__(self, compiled: Compiled, tensors: Sequence[Tensor]) -> Any:
         """The model's return value for a call whose tensors are `tensors`."""
         inputs = [tensors[index] for index in compiled.traced.inputs]
+        sizes = compiled.plan.graph.sizes.values(tensors)
         if compiled.plan.graph.training:
-            results = _Step.apply(self, compiled, self.anchor, *inputs)  # type: ignore[no-untyped-call]
+            results = _Step.apply(self, compiled, sizes, self.anchor, *inputs)  # type: ignore[no-untyped-call]
         else:
-            results, _ = self.forward(compiled, inputs)
+            results, _ = self.forward(compiled, sizes, inputs)
         values = {"result": results, "input": tensors, "buffer": _Buffers(self.module)}
         picked = [values[kind][where] for kind, where in compiled.traced.sources]  # type: ignore[index]
         return compiled.traced.rebuild(picked)
 
     def forward(
-        self, compiled: Compiled, inputs: Sequence[Tensor]
-    ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        self, compiled: Compiled, sizes: tuple[int, ...], inputs: Sequence[Tensor]
+    ) -> tuple[tuple[Any, ...], list[Any]]:
         """(results in the order of the graph's outputs, saved values); buffers are updated."""
         graph = compiled.plan.graph
         by_name = dict(zip((role_of(n).name for n in graph.placeholders("input")), inputs))
-        values = [self._input(role, compiled, by_name) for role in compiled.forward.inputs]
+        values = [self._input(role, compiled, by_name, sizes) for role in compiled.forward.inputs]
         returned = compiled.forward.module(values)
         count = compiled.forward.outputs
         results, saved = returned[:count], list(returned[count:])
@@ -91,13 +95,20 @@ class Runner:
         return tuple(kept), saved
 
     def backward(
-        self, compiled: Compiled, saved: dict[str, Tensor], gradients: dict[str, Tensor]
+        self,
+        compiled: Compiled,
+        sizes: tuple[int, ...],
+        saved: dict[str, Any],
+        gradients: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         """Run the backward for `gradients`; keeps the parameters', answers the inputs'."""
         order = [r.name for r in compiled.plan.graph.results if r.name in gradients]
         plan, program = compiled.backward(tuple(order))
         expected = {role_of(n).name: n.meta["val"] for n in plan.graph.placeholders("tangent")}
-        gradients = {name: _as(g, expected[name]) for name, g in gradients.items()}
+        gradients = {
+            name: _as(g, plan.graph.sizes.evaluate(expected[name].stride(), sizes), expected[name])
+            for name, g in gradients.items()
+        }
         values: list[Tensor | None] = []
         for role in program.inputs:
             source = {"saved": saved, "tangent": gradients}.get(role.kind)
@@ -114,9 +125,17 @@ class Runner:
         self.received(plan)
         return answers
 
-    def _input(self, role: Role, compiled: Compiled, inputs: dict[str, Tensor]) -> Tensor | None:
+    def _input(
+        self,
+        role: Role,
+        compiled: Compiled,
+        inputs: dict[str, Tensor],
+        sizes: tuple[int, ...],
+    ) -> Tensor | int | None:
         if role.kind == "input":
             return inputs[role.name]
+        if role.kind == "size":
+            return sizes[compiled.plan.graph.sizes.position(role.name)]
         if role.kind == "buffer":
             return self.module.get_buffer(role.name)
         if role.kind == "constant":
@@ -132,12 +151,11 @@ class _Buffers:
         return self._module.get_buffer(name)
 
 
-def _as(gradient: Tensor, expected: Tensor) -> Tensor:
-    """A gradient in the dtype and strides that the backward was captured for."""
-    if gradient.stride() == expected.stride() and gradient.dtype == expected.dtype:
+def _as(gradient: Tensor, stride: tuple[int, ...], expected: Tensor) -> Tensor:
+    """A gradient in the strides and dtype that the backward was captured for."""
+    if gradient.stride() == stride and gradient.dtype == expected.dtype:
         return gradient
-    shape, stride = tuple(map(int, expected.shape)), tuple(map(int, expected.stride()))
-    made = torch.empty_strided(shape, stride, dtype=expected.dtype, device=gradient.device)
+    made = torch.empty_strided(gradient.shape, stride, dtype=expected.dtype, device=gradient.device)
     return made.copy_(gradient)
 
 
@@ -156,19 +174,29 @@ def _saved(ctx: Any) -> tuple[Tensor, ...]:
 
 
 class _Step(torch.autograd.Function):
-    """The autograd node. `apply(runner, compiled, anchor, *inputs)` answers the results."""
+    """The autograd node. `apply(runner, compiled, sizes, anchor, *inputs)` answers the results."""
 
     @staticmethod
     def forward(
-        ctx: Any, runner: Runner, compiled: Compiled, anchor: Tensor, *inputs: Tensor
-    ) -> tuple[Tensor, ...]:
-        results, saved = runner.forward(compiled, inputs)
-        ctx.runner, ctx.compiled = runner, compiled
-        ctx.save_for_backward(*saved)
+        ctx: Any,
+        runner: Runner,
+        compiled: Compiled,
+        sizes: tuple[int, ...],
+        anchor: Tensor,
+        *inputs: Tensor,
+    ) -> tuple[Any, ...]:
+        results, saved = runner.forward(compiled, sizes, inputs)
+        ctx.runner, ctx.compiled, ctx.sizes = runner, compiled, sizes
+        named = dict(zip(compiled.forward.saved, saved, strict=True))
+        tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+        ctx.save_for_backward(*tensors.values())
+        ctx.names = tuple(tensors)
+        ctx.scalars = {name: value for name, value in named.items() if name not in tensors}
         ctx.set_materialize_grads(False)
         entries = [r for r in compiled.plan.graph.results if r.kind == "output"]
         fixed = [v for r, v in zip(entries, results) if not r.differentiable]
-        ctx.mark_non_differentiable(*fixed)
+        ctx.mark_non_differentiable(*(v for v in fixed if isinstance(v, Tensor)))
+        compiled.waiting.add(ctx)
         return results
 
     @staticmethod
@@ -180,10 +208,11 @@ class _Step(torch.autograd.Function):
             )
         compiled: Compiled = ctx.compiled
         graph = compiled.plan.graph
-        saved = dict(zip(compiled.forward.saved, _saved(ctx), strict=True))
+        saved = {**dict(zip(ctx.names, _saved(ctx), strict=True)), **ctx.scalars}
         compat.clear_saved(ctx)
+        compiled.waiting.discard(ctx)
         entries = [r for r in graph.results if r.kind == "output"]
         arrived = {r.name: g for r, g in zip(entries, gradients, strict=True) if g is not None}
-        answers = ctx.runner.backward(compiled, saved, arrived)
+        answers = ctx.runner.backward(compiled, ctx.sizes, saved, arrived)
         names = [role_of(node).name for node in graph.placeholders("input")]
-        return (None, None, None, *(answers.get(name) for name in names))
+        return (None, None, None, None, *(answers.get(name) for name in names))

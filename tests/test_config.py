@@ -199,7 +199,6 @@ def test_advising_rows_say_what_happens(path: str) -> None:
         ("fp16.fp16_master_weights_and_grads", True),
         ("sparse_gradients", True),
         ("amp.enabled", True),
-        ("torch_autocast.enabled", True),
         ("elasticity.enabled", True),
         ("autotuning.enabled", True),
         ("compression_training.row_pruning.shared_parameters.enabled", True),
@@ -270,6 +269,14 @@ def test_a_config_that_skipped_the_loader_is_checked_too() -> None:
         (
             {"fp16": {"enabled": True}, "bf16": {"enabled": True}},
             "fp16.enabled and bf16.enabled are both true",
+        ),
+        (
+            {"bf16": {"enabled": True}, "torch_autocast": {"enabled": True}},
+            "torch_autocast.enabled and bf16.enabled are both true",
+        ),
+        (
+            {"torch_autocast": {"enabled": True, "dtype": "float16"}},
+            "torch_autocast.dtype: autocast to fp16 needs a scaled loss",
         ),
         (
             {"fp16": {"enabled": True}, "data_types": {"grad_accum_dtype": "bf16"}},

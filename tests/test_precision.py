@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import zerograph
 from tests import tiny
@@ -191,6 +191,53 @@ def test_gradients_of_inputs_are_unscaled() -> None:
     model(reference, inputs["target"])["loss"].backward()
     assert found is not None and reference.grad is not None
     assert (found - reference.grad).abs().max() <= 5e-3 * reference.grad.abs().max()
+
+
+# Autocast
+
+
+class PartlyCast(nn.Module):
+    """Regions of autocast, one within the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = torch.relu(self.first(x))
+            with torch.autocast("cpu", enabled=False):
+                hidden = hidden.float() * 2
+            return self.second(hidden).float().square().mean()
+
+
+def test_autocast_regions_of_the_forward() -> None:
+    engine = zerograph.compile(PartlyCast(), config_for(3))
+    x = torch.randn(4, 8)
+    loss, expected = engine(x), (model := PartlyCast())(x)
+    engine.backward(loss)
+    expected.backward()
+    assert torch.equal(loss, expected)
+    assert not differing(engine.gradients(), {n: p.grad for n, p in model.named_parameters()})
+
+
+@pytest.mark.parametrize("by", ["the caller", "the config"])
+def test_autocast_around_the_forward(by: str) -> None:
+    given = {"torch_autocast": {"enabled": by == "the config", "dtype": "bf16"}}
+    engine, model = zerograph.compile(make("bert"), config_for(2, **given)), make("bert")
+    batch = batch_for("bert", 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = loss_of(model(**batch))
+    with torch.autocast("cpu", torch.bfloat16, enabled=by == "the caller"):
+        loss = loss_of(engine(**batch))
+    engine.backward(loss)
+    expected.backward()
+    assert torch.equal(loss, expected)
+    found = engine.gradients()
+    assert not differing(found, {n: p.grad for n, p in model.named_parameters()})
+    assert all(g.dtype == torch.float32 for g in found.values() if g is not None)
+    assert ("autocast to bf16" in str(engine.plan)) is (by == "the config")
 
 
 # How ranks are averaged

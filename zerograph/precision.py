@@ -9,12 +9,14 @@ fp16.enabled         the same in fp16, with the loss scaled (arXiv:1710.03740 se
 
 With bf16 and fp16 a step whose gradients are not finite is skipped on every rank (for bf16 unless
 `bf16.check_grad_overflow` is false). `communication_data_type` and `data_types.grad_accum_dtype` say
-in which dtype gradients are reduced and kept instead.
+in which dtype gradients are reduced and kept instead. `torch_autocast` puts the forward under
+`torch.autocast`, and leaves parameters, gradients and states as they are.
 
 The policy is decided once, from the config and the module, and printed with every plan.
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +37,8 @@ class Precision:
     """Dtype in which gradients are reduced; None for that of their bucket."""
     keep: torch.dtype | None = None
     """Dtype in which gradients are kept between backward and step; None for at least float32."""
+    autocast: torch.dtype | None = None
+    """Dtype of the `torch.autocast` that the forward runs under; None for that of the caller."""
     skips: bool = False
     """Whether a step whose gradient norm is not finite changes nothing."""
 
@@ -42,6 +46,12 @@ class Precision:
     def scaled(self) -> bool:
         """Whether the loss is scaled, so that small gradients do not underflow."""
         return self.compute is torch.float16
+
+    def around_forward(self, device: torch.device) -> AbstractContextManager[object]:
+        """The autocast of the forward."""
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(device.type, self.autocast)
 
     def parameter(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which parameter `name`, stored as `dtype` in the model, is gathered."""
@@ -70,13 +80,13 @@ class Precision:
     def describe(self) -> str:
         """One line for the head of a plan."""
         kept = short(self.keep or torch.float32)
+        cast = f", autocast to {short(self.autocast)}" if self.autocast else ""
         if self.compute is None and self.communicate is None and self.keep is None:
-            return "as the model; gradients and optimizer states at least fp32"
+            return f"as the model{cast}; gradients and optimizer states at least fp32"
         if self.compute is None:
             reduced = f"reduced in {short(self.communicate)}, " if self.communicate else ""
-            return (
-                f"as the model; gradients {reduced}kept in {kept}; optimizer states at least fp32"
-            )
+            how = f"gradients {reduced}kept in {kept}"
+            return f"as the model{cast}; {how}; optimizer states at least fp32"
         reduced = short(self.communicate or self.compute)
         pinned = f", {len(self.pinned)} parameters pinned to fp32" if self.pinned else ""
         scaled = ", scaled loss" if self.scaled else ""
@@ -119,6 +129,7 @@ def precision_of(model: nn.Module, config: ZeroConfig) -> Precision:
         pinned=frozenset(_pinned(model)) if low else frozenset(),
         communicate=_named(config.communication_data_type),
         keep=_named(config.data_types.grad_accum_dtype),
+        autocast=torch.bfloat16 if config.torch_autocast.enabled else None,
         skips=config.fp16.enabled or (config.bf16.enabled and config.bf16.check_grad_overflow),
     )
 

@@ -73,7 +73,8 @@ def trace(
             compat.mark_dynamic(fakes[index], dim)
         fake_args, fake_kwargs = rebuild_call(fakes)
         call = partial(model, *fake_args, **fake_kwargs)
-        with substituted(model, {**params, **buffers}), explained(model, call, mode):
+        autocast = precision.around_forward(device)
+        with autocast, substituted(model, {**params, **buffers}), explained(model, call, mode):
             captured = compat.capture(model, fake_args, fake_kwargs)
             returned, rebuild = dissect(captured.rebuilt)
             joint = compat.export_joint(captured)

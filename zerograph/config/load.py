@@ -68,6 +68,11 @@ def _conflicts(config: ZeroConfig) -> list[str]:
     found = []
     if config.fp16.enabled and config.bf16.enabled:
         found.append("fp16.enabled and bf16.enabled are both true; keep one")
+    if config.torch_autocast.enabled and config.precision != "fp32":
+        found.append(
+            f"torch_autocast.enabled and {config.precision}.enabled are both true; keep one (with "
+            "autocast the parameters stay fp32)"
+        )
     if config.fp16.enabled and config.data_types.grad_accum_dtype == "bf16":
         found.append("data_types.grad_accum_dtype: 'bf16' cannot keep fp16 gradients; use fp32")
     mean = config.gradient_allreduce_op == "mean"

@@ -51,11 +51,19 @@ class Amp(Section):
     enabled: bool = False
 
 
+def _autocast(value: object) -> object:
+    if value in ("float16", "fp16", "torch.float16"):
+        raise ValueError(
+            "autocast to fp16 needs a scaled loss, which is fp16.enabled; or use bfloat16"
+        )
+    return "bfloat16" if value in ("bf16", "torch.bfloat16", None) else value
+
+
 class TorchAutocast(Section):
     """`torch.autocast` around the forward."""
 
     enabled: bool = False
-    dtype: str | None = None
+    dtype: Annotated[Literal["bfloat16"], BeforeValidator(_autocast)] = "bfloat16"
     lower_precision_safe_modules: Names | None = None
 
 

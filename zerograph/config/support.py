@@ -36,12 +36,17 @@ _PRECISION = (
     ),
     *advises("bf16.immediate_grad_update", "when gradients are reduced is planned in the graph"),
     *refused(
-        "amp.enabled torch_autocast.enabled",
-        "the whole step runs in one type",
-        "set bf16.enabled to true instead, or enabled to false",
+        "amp.enabled",
+        "Apex is not used",
+        "set torch_autocast.enabled or bf16.enabled to true instead, or enabled to false",
         False,
     ),
-    *dormant("amp torch_autocast"),
+    *dormant("amp"),
+    *built("torch_autocast.enabled torch_autocast.dtype"),
+    *advises(
+        "torch_autocast.lower_precision_safe_modules",
+        "gradients are reduced in the type of their parameter; communication_data_type gives another",
+    ),
     *refused(
         under("data_types", "param_dtype buffer_dtype"),
         "types follow from fp16.enabled and bf16.enabled alone",

@@ -14,7 +14,10 @@ from tests import tiny
 from tests.models import batch_for, loss_of, make
 from tests.oracle import config_for, differing
 from tests.ranks import run_ranks
+from zerograph.compat import FakeTensorMode
 from zerograph.errors import PlanError, ZerographError
+from zerograph.precision import Precision
+from zerograph.runtime.place import place
 
 ADAMW = {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1}}
 
@@ -312,6 +315,17 @@ def test_a_batch_without_values() -> None:
     batch = {k: v.to("meta") for k, v in batches(1)[0].items()}
     with pytest.raises(PlanError, match=r"input x of shape \[4, 8\] is on meta, which has no val"):
         engine(**batch)
+
+
+def test_a_batch_on_another_device() -> None:
+    with FakeTensorMode():  # a tensor of a device that this machine need not have
+        elsewhere = torch.empty(4, 8, device="cuda:1")
+    policy = Precision(None, frozenset())
+    for home in ("cpu", "cuda:0"):
+        with pytest.raises(
+            PlanError, match=rf"x of shape \[4, 8\] is on cuda:1.* on {home}; move the"
+        ):
+            place([("1.x", elsewhere)], torch.device(home), policy)
 
 
 def test_a_second_derivative() -> None:

@@ -142,11 +142,14 @@ class Engine:
                 f"engine.backward needs a scalar loss that requires grad, got {what}; take it from "
                 "the engine's outputs outside torch.no_grad()"
             )
-        loss.backward(self._weighted(loss, weight), retain_graph)  # type: ignore[no-untyped-call]
+        gradient = self._weighted(loss, weight)
+        loss.backward(gradient, retain_graph)  # type: ignore[no-untyped-call]
+        if weight is not None:
+            self._weights.append(float(weight))
         return loss
 
     def _weighted(self, loss: Tensor, weight: float | None) -> Tensor | None:
-        """The gradient of the loss with a weight, which is noted; None without one."""
+        """The gradient that a weighted loss starts from; None without a weight."""
         if self.config.compile.weighted_accumulation == (weight is None):
             given = "no weight=" if weight is None else "a weight="
             state = "true" if weight is None else "false"
@@ -160,7 +163,6 @@ class Engine:
             raise PlanError(
                 f"weight of engine.backward must be finite and at least 0, got {weight}"
             )
-        self._weights.append(float(weight))
         return torch.full_like(loss, weight)
 
     def step(self) -> None:

@@ -96,8 +96,12 @@ TEXT = [(2, 16), (2, 17), (3, 9), (5, 33), (2, 3), (7, 64), (16, 16), (2, 16), (
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "mixtral"])
 def test_text_of_any_size_gives_eagers_bits(name: str, watch: Callable[..., Watch]) -> None:
     run = watch(make(name))
-    counts = [run.step(**batch_for(name, n, *size)) for n, size in enumerate(TEXT)]
+    counts, collectives = [], set()
+    for seed, size in enumerate(TEXT):
+        counts.append(run.step(**batch_for(name, seed, *size)))
+        collectives.add(tuple(run.engine.plan.signature()))
     assert counts == [1, 2, 3, 3, 3, 3, 3, 3, 3]
+    assert len(collectives) == 1, "ranks with other shapes would not be in step"
     assert run.said == []
 
 
@@ -122,11 +126,11 @@ def test_two_hundred_lengths_are_two_traces(watch: Callable[..., Watch]) -> None
 
 def test_a_backward_for_other_gradients_and_materialised_zeros(watch: Callable[..., Watch]) -> None:
     """The backward of a part of the outputs at sizes other than the captured ones."""
-    pair = watch(Net(lambda h: (h * h.sum(1, keepdim=True), torch.cat([h, h.sin()], 1))))
+    pair = watch(Net(lambda h: (h.sum(1, keepdim=True), torch.cat([h, h.sin()], 1))))
     for size in [(3, 5), (3, 6), (4, 7), (5, 9)]:
         pair.step(x(*size), loss=lambda y: total(y[0]))
         pair.step(x(*size), loss=lambda y: total(y[1]))
-        pair.step(x(*size), loss=lambda y: total(y[0]) + total(y[1].transpose(0, 1)))
+        pair.step(x(*size), loss=lambda y: total(y[0]) + total(y[1].transpose(0, 1).contiguous()))
     assert pair.traces == 3
 
 
@@ -187,6 +191,16 @@ def test_gradients_of_inputs_that_vary(watch: Callable[..., Watch]) -> None:
         total(run.engine(ours)).backward()
         total(run.eager(theirs)).backward()
         assert torch.equal(ours.grad, theirs.grad)
+    assert run.traces == 2
+
+
+def test_an_input_that_varies_and_is_changed(watch: Callable[..., Watch]) -> None:
+    run = watch(Net(lambda h, y: h.sum() * y.add_(1).sum()))
+    for length in (5, 6, 9):
+        ours, theirs = torch.ones(length), torch.ones(length)
+        expected, found = run.eager(x(2, 2), theirs), run.engine(x(2, 2), ours)
+        assert torch.equal(found, expected)
+        assert torch.equal(ours, theirs) and ours[0] == 2
     assert run.traces == 2
 
 

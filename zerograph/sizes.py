@@ -51,9 +51,6 @@ class Sizes:
         """The symbols' values in a call with these tensors."""
         return tuple(size.of(tensors) for size in self.symbols)
 
-    def position(self, name: str) -> int:
-        return int(name.removeprefix("s"))
-
     def hold(self, values: tuple[int, ...]) -> bool:
         """Whether every guard holds for these values of the symbols."""
         return all(_function(self._own, self.guards)(*values))

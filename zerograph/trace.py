@@ -79,7 +79,7 @@ def trace(
             returned, rebuild = dissect(captured.rebuilt)
             joint = compat.export_joint(captured)
     paths = [call_path(path, model, len(args)) for path, _ in tensors]
-    sizes = symbols_of(captured, fakes, paths)
+    sizes = symbols_of(captured, fakes, paths) if dynamic else Sizes()
     names = _Names(
         params={id(t): n for n, t in params.items() if n in layout.params},
         buffers={id(t): n for n, t in buffers.items()},

@@ -32,7 +32,7 @@ Make = Callable[[Dims], Compiled]
 """Captures the call at hand, with these dims dynamic."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Entry:
     """A program, and the sizes that it is for: those of the captured call, but for the dynamic dims."""
 
@@ -113,10 +113,11 @@ class Programs:
         entry = next((e for e in kind.entries if e.fits(call)), None)
         if entry is None:
             entry = self._make(call, kind, make)
-            self._warn(call, kind)
+            earlier = list(kind.entries)
             kind.entries.append(entry)
             self.kinds[call.kind] = kind
             self._evict(entry)
+            self._warn(call, earlier)
         entry.used = next(self._clock)
         return entry.compiled
 
@@ -139,7 +140,7 @@ class Programs:
                 return Entry(compiled, call.shapes, frozenset())
         return Entry(make(frozenset()), call.shapes, frozenset())
 
-    def _warn(self, call: Call, kind: Kind) -> None:
+    def _warn(self, call: Call, earlier: list[Entry]) -> None:
         """Say what was new if calls of this structure have had enough programs."""
         facts = call.facts()
         family = call.family(facts)
@@ -149,7 +150,7 @@ class Programs:
         if self._added[family] <= WARN_BEYOND:
             return
         changed = [f"{n} is {v} (was {before[n]})" for n, v in facts.items() if v != before[n]]
-        found = min((e.obstacles(call) for e in reversed(kind.entries)), key=len, default=changed)
+        found = min((e.obstacles(call) for e in reversed(earlier)), key=len, default=changed)
         _say(
             f"program {self._added[family]} of {self.model} for inputs of one structure: "
             f"{', '.join(found) or 'an earlier one was for it and has gone'}. Every program takes as long "

@@ -80,7 +80,10 @@ class Runner:
         """(results in the order of the graph's outputs, saved values); buffers are updated."""
         graph = compiled.plan.graph
         by_name = dict(zip((role_of(n).name for n in graph.placeholders("input")), inputs))
-        values = [self._input(role, compiled, by_name, sizes) for role in compiled.forward.inputs]
+        by_symbol = dict(zip((size.name for size in graph.sizes.symbols), sizes))
+        values = [
+            self._input(role, compiled, by_name, by_symbol) for role in compiled.forward.inputs
+        ]
         returned = compiled.forward.module(values)
         count = compiled.forward.outputs
         results, saved = returned[:count], list(returned[count:])
@@ -130,12 +133,12 @@ class Runner:
         role: Role,
         compiled: Compiled,
         inputs: dict[str, Tensor],
-        sizes: tuple[int, ...],
+        sizes: dict[str, int],
     ) -> Tensor | int | None:
         if role.kind == "input":
             return inputs[role.name]
         if role.kind == "size":
-            return sizes[compiled.plan.graph.sizes.position(role.name)]
+            return sizes[role.name]
         if role.kind == "buffer":
             return self.module.get_buffer(role.name)
         if role.kind == "constant":

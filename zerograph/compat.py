@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import fx, nn
 from torch._dynamo import functional_export
 from torch._dynamo.exc import TorchDynamoException as DynamoError
+from torch._dynamo.exc import Unsupported
 from torch._functorch._aot_autograd.descriptors import (
     GradAOTOutput,
     InputMutationAOTOutput,
@@ -49,6 +50,7 @@ __all__ = [
     "PlainAOTInput",
     "PlainAOTOutput",
     "TangentAOTInput",
+    "Unsupported",
     "capture",
     "clear_saved",
     "default_store",

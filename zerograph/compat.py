@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import fx, nn
 from torch._dynamo import functional_export
 from torch._dynamo.exc import TorchDynamoException as DynamoError
+from torch._dynamo.exc import Unsupported
 from torch._dynamo.source import TensorProperty, TensorPropertySource
 from torch._functorch._aot_autograd.descriptors import (
     GradAOTOutput,
@@ -58,6 +59,7 @@ __all__ = [
     "PlainAOTInput",
     "PlainAOTOutput",
     "TangentAOTInput",
+    "Unsupported",
     "capture",
     "clear_saved",
     "default_store",

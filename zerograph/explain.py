@@ -2,6 +2,7 @@
 
 import linecache
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from zerograph import compat
 from zerograph.errors import CaptureError
+
+_TORCH = os.path.dirname(torch.__file__)
 
 _CHANGES = (
     ("data-dependent branch", "compute both sides and choose with torch.where, or use torch.cond"),
@@ -41,14 +44,19 @@ def explained(model: nn.Module, call: Callable[[], Any], mode: FakeTensorMode) -
     try:
         yield
     except compat.DynamoError as error:
-        own = _own_exception(call, mode)
+        own = _own_exception(call, mode, error)
         if own is not None:
             raise own from None
         raise CaptureError(explanation(model, error)) from error
 
 
-def _own_exception(call: Callable[[], Any], mode: FakeTensorMode) -> Exception | None:
-    """What the forward raises by itself, if it does not come from the tensors being fake."""
+def _own_exception(
+    call: Callable[[], Any], mode: FakeTensorMode, captured: Exception
+) -> Exception | None:
+    """What the forward raises by itself, if it does not come from the tensors being fake.
+
+    An exception out of torch's own code is believed only if the capture met an exception as well.
+    """
     try:
         with mode:
             call()
@@ -56,8 +64,21 @@ def _own_exception(call: Callable[[], Any], mode: FakeTensorMode) -> Exception |
         unreal = type(error).__module__.startswith(
             ("torch._subclasses", "torch._dynamo", "torch.fx")
         )
+        unreal |= _raised_in_torch(error) and not _met_an_exception(captured)
         return None if unreal else error
     return None
+
+
+def _raised_in_torch(error: Exception) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and frames[-1].filename.startswith(_TORCH)
+
+
+def _met_an_exception(captured: Exception) -> bool:
+    """Whether dynamo stopped since the forward raises, and not since it cannot trace it."""
+    return (
+        not isinstance(captured, compat.Unsupported) or "exception" in str(captured).split("\n")[0]
+    )
 
 
 def explanation(model: nn.Module, error: Exception) -> str:
@@ -85,8 +106,7 @@ def _said(lines: list[str], kind: str) -> list[str]:
 
 def _user_line(error: Exception) -> str:
     """The innermost frame that is not torch's."""
-    inside = os.path.dirname(torch.__file__)
-    frames = [f for f in compat.user_frames(error) if not f.filename.startswith(inside)]
+    frames = [f for f in compat.user_frames(error) if not f.filename.startswith(_TORCH)]
     if not frames:
         return ""
     frame = frames[-1]

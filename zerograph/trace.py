@@ -23,6 +23,7 @@ from torch import fx, nn
 from zerograph import compat, ir
 from zerograph.errors import CaptureError
 from zerograph.explain import explained
+from zerograph.integrations import transformers
 from zerograph.ir import Gradient, Result, Role, TrainGraph
 from zerograph.layout import Layout
 from zerograph.precision import Precision
@@ -75,7 +76,7 @@ def trace(
         call = partial(model, *fake_args, **fake_kwargs)
         autocast = precision.around_forward(device)
         with autocast, substituted(model, {**params, **buffers}), explained(model, call, mode):
-            captured = compat.capture(model, fake_args, fake_kwargs)
+            captured = transformers.capture(model, fake_args, fake_kwargs)
             returned, rebuild = dissect(captured.rebuilt)
             joint = compat.export_joint(captured)
     paths = [call_path(path, model, len(args)) for path, _ in tensors]

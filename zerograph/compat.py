@@ -11,6 +11,8 @@ else:
     torch._dynamo.config (names below)                                 2.11 - 2.13
     torch.distributed.distributed_c10d._get_default_store              2.11 - 2.13
     ctx.maybe_clear_saved_tensors of autograd functions                2.11 - 2.13
+    torch.optim.Optimizer: _opt_called, step._wrapped_by_lr_sched,     2.11 - 2.13
+        the hook tables
 """
 
 import contextlib
@@ -53,7 +55,10 @@ __all__ = [
     "clear_saved",
     "default_store",
     "export_joint",
+    "mark_stepped",
+    "mark_tracked",
     "new_fake_mode",
+    "optimizer_hooks",
 ]
 
 
@@ -211,6 +216,25 @@ def clear_saved(ctx: Any) -> None:
     clear: Callable[[], None] | None = getattr(ctx, "maybe_clear_saved_tensors", None)
     if clear is not None:
         clear()
+
+
+def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
+    """What torch's schedulers look at before they warn of a step() before the optimizer's."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def mark_tracked(step: Callable[..., Any]) -> None:
+    """Tell torch's schedulers that this replacement of an optimizer's step() is known to them."""
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
+
+def optimizer_hooks() -> set[str]:
+    """Names of the attributes in which a torch optimizer keeps its hooks."""
+    when = ("step_pre", "step_post", "state_dict_pre", "state_dict_post")
+    return {
+        f"_optimizer_{name}_hooks"
+        for name in (*when, "load_state_dict_pre", "load_state_dict_post")
+    }
 
 
 def default_store() -> Any:

@@ -6,7 +6,7 @@ below it that has no row of its own. What each kind of row means is told in `row
 `support_training`.
 """
 
-from zerograph.config.row import OFF, PRECISION, Row, advises, dormant, refused, under
+from zerograph.config.row import OFF, PRECISION, Row, advises, built, dormant, refused, under
 from zerograph.config.support_training import TRAINING_ROWS
 from zerograph.config.support_zero import ZERO_ROWS
 
@@ -134,7 +134,7 @@ _REST = (
         "disable_allgather", "new parameters are gathered wherever they are sharded", OFF, False
     ),
     *advises("graph_harvesting", "the whole step is one graph already"),
-    *advises("zero_allow_untested_optimizer", "every optimizer type that is accepted is tested"),
+    *built("zero_allow_untested_optimizer"),
     *advises("zero_force_ds_cpu_optimizer", "nothing is offloaded, so no CPU optimizer is used"),
     *advises(
         "steps_per_print wall_clock_breakdown memory_breakdown dump_state log_level timers",

@@ -210,7 +210,7 @@ def test_advising_rows_say_what_happens(path: str) -> None:
         ("compile.deepcompile", True),
         ("tensor_parallel.autotp_size", 4),
         ("expert_parallel.enabled", True),
-        ("optimizer.params.amsgrad", True),
+        ("optimizer.params.differentiable", True),
         ("optimizer.params.bias_correction", False),
         ("scheduler.params.last_batch_iteration", 100),
         ("managed_gradient_accumulation", False),
@@ -501,14 +501,14 @@ def test_retired_keys_say_what_to_use(path: str) -> None:
         ),
         (
             {"optimizer": {}},
-            "optimizer.type: missing or not a string; give one of Adam, AdamW, SGD",
+            "optimizer.type: missing or not a string; give one of Adam, AdamW, SGD, Adagrad, Lion",
         ),
         ({"optimizer": 3}, "optimizer: must be an object {...} with a type, got 3"),
         (
             {"optimizer": {"type": "Lamb", "params": {"lr": 1}}},
             (
-                'optimizer.type="Lamb": not built: the types that are built are Adam, AdamW, SGD; '
-                "AdamW comes nearest"
+                'optimizer.type="Lamb": not built: the types that are built are Adam, AdamW, SGD, '
+                "Adagrad, Lion; AdamW comes nearest"
             ),
         ),
         (

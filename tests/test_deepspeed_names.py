@@ -62,10 +62,9 @@ def test_what_initialize_refuses() -> None:
     model = nn.Linear(3, 2)
     with pytest.raises(ConfigError, match="--deepspeed_config"):
         zerograph.initialize(model=model)
-    with pytest.raises(PlanError, match="client optimizers are not supported"):
-        zerograph.initialize(
-            model=model, config=CONFIG, optimizer=torch.optim.SGD(model.parameters())
-        )
+    schedule = torch.optim.lr_scheduler.ExponentialLR(torch.optim.SGD(model.parameters()), 0.5)
+    with pytest.raises(PlanError, match="not on the `optimizer` given"):
+        zerograph.initialize(model=nn.Linear(3, 2), config=CONFIG, lr_scheduler=schedule)
     with pytest.raises(PlanError, match="model="):
         zerograph.initialize(config=CONFIG)
     with pytest.raises(PlanError, match="in no parameter group"):

@@ -14,6 +14,8 @@ else:
     torch._dynamo.maybe_mark_dynamic, TracingContext.tensor_to_context 2.13
     ShapeEnv: guards, var_to_sources, create_symintnode; SymInt.node   2.13
     torch.utils._sympy: interp, printers, reference                    2.13
+    torch.optim.Optimizer: _opt_called, step._wrapped_by_lr_sched,     2.11 - 2.13
+        the hook tables
 """
 
 import contextlib
@@ -70,8 +72,11 @@ __all__ = [
     "hint",
     "insert_expression",
     "mark_dynamic",
+    "mark_stepped",
+    "mark_tracked",
     "new_fake_mode",
     "new_size",
+    "optimizer_hooks",
     "show",
     "sizes_of",
     "symbol_of",
@@ -234,6 +239,25 @@ def clear_saved(ctx: Any) -> None:
     clear: Callable[[], None] | None = getattr(ctx, "maybe_clear_saved_tensors", None)
     if clear is not None:
         clear()
+
+
+def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
+    """What torch's schedulers look at before they warn of a step() before the optimizer's."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def mark_tracked(step: Callable[..., Any]) -> None:
+    """Tell torch's schedulers that this replacement of an optimizer's step() is known to them."""
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
+
+def optimizer_hooks() -> set[str]:
+    """Names of the attributes in which a torch optimizer keeps its hooks."""
+    when = ("step_pre", "step_post", "state_dict_pre", "state_dict_post")
+    return {
+        f"_optimizer_{name}_hooks"
+        for name in (*when, "load_state_dict_pre", "load_state_dict_post")
+    }
 
 
 def default_store() -> Any:

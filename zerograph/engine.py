@@ -13,6 +13,7 @@ the model's parameters: they keep their names, shapes and dtypes, and have no va
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from zerograph.codegen.optimizers import Rule
+from zerograph.client import Given, client_of
 from zerograph.config import ZeroConfig, load_config
 from zerograph.errors import PlanError
 from zerograph.layout import layout_of
@@ -30,6 +31,7 @@ from zerograph.plan import OptimizerSpec, Plan, optimizer_of, plan_of
 from zerograph.precision import precision_of, short
 from zerograph.runtime import values
 from zerograph.runtime.agree import Agreement
+from zerograph.runtime.flat import optimizer_on
 from zerograph.runtime.key import call_of
 from zerograph.runtime.loss_scale import scaler_of
 from zerograph.runtime.lr_schedule import scheduler_of
@@ -52,18 +54,21 @@ def compile(
     config: Mapping[str, Any] | str | os.PathLike[str] | ZeroConfig,
     *,
     param_groups: Sequence[Mapping[str, Any]] | None = None,
+    optimizer: Given | None = None,
     device: str | torch.device | None = None,
 ) -> "Engine":
     """Take `model` over and answer an engine that trains it as the DeepSpeed `config` says.
 
     `config` is a dict, a path to a JSON file, or a ZeroConfig. `param_groups` is torch's list of dicts
-    with "params" and options. Under torchrun every rank calls this; otherwise the world is one process.
+    with "params" and options. `optimizer` is a torch.optim instance on the model's parameters, a class or
+    a function from parameters to an instance; it wins over the config's section.
+    Under torchrun every rank calls this; otherwise the world is one process.
     `device` is the current CUDA device if there is one, else the CPU. Nothing is captured yet.
 
     Raises ConfigError for the config, PlanError for the model or groups, AgreementError if ranks differ.
     """
     loaded = load_config(config)
-    return Engine(model, loaded, current_world(device), param_groups)
+    return Engine(model, loaded, current_world(device), param_groups, optimizer)
 
 
 class Engine:
@@ -75,6 +80,7 @@ class Engine:
         config: ZeroConfig,
         world: World,
         param_groups: Sequence[Mapping[str, Any]] | None = None,
+        optimizer: Given | None = None,
     ) -> None:
         if getattr(model, "_zerograph_engine", None) is not None:
             raise PlanError(
@@ -86,8 +92,16 @@ class Engine:
         self.batch = config.batch(world.size)
         stage = config.zero_optimization.stage
         precision = precision_of(model, config)
-        layout = layout_of(model, world.size, precision, param_groups)
-        spec = optimizer_of(config, layout)
+        client = None if optimizer is None else client_of(optimizer, model, config, param_groups)
+        if client is not None and config.optimizer is not None:
+            warnings.warn(
+                f"optimizer={type(client.instance).__name__} is used, and the config's `optimizer` section "
+                f"({config.optimizer.type}) is not; leave one of them out",
+                stacklevel=3,
+            )
+        layout = layout_of(model, world.size, precision, client.groups if client else param_groups)
+        spec = optimizer_of(config, layout, client)
+        self._client = client
         self._agreement = Agreement(world)
         self._agreement.agree(
             f"the layout of {type(model).__name__}", self._layout_lines(layout, spec)
@@ -95,7 +109,9 @@ class Engine:
         states = spec.states if spec else ()
         self.state = State.take_over(model, layout, precision, stage, world, states)
         object.__setattr__(model, "_zerograph_engine", True)
-        self.optimizer = ShardedOptimizer(spec.rule, spec.groups, self.state) if spec else None
+        self.optimizer: ShardedOptimizer | None = (
+            optimizer_on(spec.rule, spec.groups, self.state, client) if spec else None
+        )
         self.lr_scheduler: LRScheduler | None = scheduler_of(config, self.optimizer)
         self.micro_steps = 0
         self.global_steps = 0
@@ -110,7 +126,7 @@ class Engine:
         self._norm: float | None = None
         self._applied = False
         self._run = Runner(model, self.state, self._received)
-        self._param_groups = param_groups
+        self._param_groups = client.groups if client else param_groups
         self._parameters = Parameters.of(model)
 
     # Training
@@ -170,8 +186,8 @@ class Engine:
         self._require_alive()
         if self.optimizer is None:
             raise PlanError(
-                'engine.step() needs an optimizer; add {"optimizer": {"type": "AdamW", "params": '
-                '{"lr": 1e-3}}} to the config'
+                'engine.step() needs an optimizer; give compile(optimizer=...), or add {"optimizer": '
+                '{"type": "AdamW", "params": {"lr": 1e-3}}} to the config'
             )
         boundary = self.is_gradient_accumulation_boundary()
         if boundary:
@@ -268,6 +284,8 @@ class Engine:
         values.give_back(self.state)
         self._programs.clear()
         self.state.storages.clear()
+        if self.optimizer is not None:
+            self.optimizer.release()
         object.__delattr__(self.module, "_zerograph_engine")
         return self.module
 
@@ -295,7 +313,7 @@ class Engine:
         trained = {p.name for p in self.state.layout.params.values() if p.trainable}
         size, precision = self.world.size, self.state.precision
         layout = layout_of(self.module, size, precision, self._param_groups, trained)
-        spec = optimizer_of(self.config, layout)
+        spec = optimizer_of(self.config, layout, self._client)
         self._agreement.agree(
             f"the layout of {type(self.module).__name__}", self._layout_lines(layout, spec)
         )
@@ -317,7 +335,7 @@ class Engine:
         )
 
         def make_plan(arriving: tuple[str, ...] | None = None) -> Plan:
-            made = plan_of(traced, self.config, arriving)
+            made = plan_of(traced, self.config, arriving, self._client)
             kind = "a training step" if made.graph.training else "a forward"
             self._agreement.agree(f"{kind} of {made.graph.model}", made.signature())
             self._adopt(made)
@@ -407,15 +425,17 @@ class Engine:
         return self.loss_scale / (self.world.size if summed else 1)
 
     def _layout_lines(self, layout: Any, spec: OptimizerSpec | None) -> list[str]:
-        rule: Rule | None = spec.rule if spec else None
+        client = self._client
         lines = [
             f"stage {self.config.zero_optimization.stage}, accumulation {self.batch.accumulation}, "
-            f"clipping {self.config.gradient_clipping}, optimizer {rule.name if rule else 'none'}"
+            f"clipping {self.config.gradient_clipping}, optimizer {spec.rule.name if spec else 'none'}"
         ]
         for bucket in layout.buckets.values():
             for param in layout.bucket_params(bucket.name):
                 shape = list(param.shape)
-                lines.append(f"{bucket.name} {param.name} {short(param.dtype)} {shape}")
+                line = f"{bucket.name} {param.name} {short(param.dtype)} {shape}"
+                taken = client.steps(self.module.get_parameter(param.name)) if client else 0
+                lines.append(f"{line} after {taken} steps" if taken else line)
         return lines
 
 

@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from zerograph import pipeline
-from zerograph.codegen.optimizers import RULES, Rule
+from zerograph.client import Client, Given, client_of
+from zerograph.codegen.optimizers import RULES, Kind
 from zerograph.config import ZeroConfig, load_config
 from zerograph.cost import Memory, Traffic, collective_bytes, memory_of, name_of, traffic_of
 from zerograph.errors import PlanError
@@ -48,9 +49,9 @@ from zerograph.trace import Trace, trace
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """The config's optimizer: its rule and the options of each parameter group."""
+    """The optimizer of a plan: its rule (or a user's class) and each parameter group's options."""
 
-    rule: Rule
+    rule: Kind
     groups: tuple[Mapping[str, Any], ...]
 
     @property
@@ -140,13 +141,15 @@ def plan(
     world_size: int = 1,
     device: str | torch.device = "cpu",
     param_groups: Sequence[Mapping[str, Any]] | None = None,
+    optimizer: Given | None = None,
     arriving: Sequence[str] | None = None,
 ) -> Plan:
     """Plan one training step of `model` under `config` for `world_size` ranks.
 
     `example_inputs` is a mapping (keyword arguments), a tuple or list (positional ones) or one
     tensor; only shapes, strides and dtypes are read. Model and inputs may be on the meta device; they are
-    traced as fake tensors of `device`. `arriving` names the outputs whose gradients the backward is
+    traced as fake tensors of `device`. `optimizer` is what `zerograph.compile` takes.
+    `arriving` names the outputs whose gradients the backward is
     for; by default the loss alone, if there is one. Under `torch.no_grad()` the plan has no backward.
 
     Raises ConfigError, CaptureError or PlanError.
@@ -154,12 +157,13 @@ def plan(
     loaded = load_config(config)
     loaded.batch(world_size)
     precision = precision_of(model, loaded)
-    layout = layout_of(model, world_size, precision, param_groups)
+    client = None if optimizer is None else client_of(optimizer, model, loaded, param_groups)
+    layout = layout_of(model, world_size, precision, client.groups if client else param_groups)
     args, kwargs = call_of(example_inputs)
     traced = trace(
         model, args, kwargs, layout=layout, precision=precision, device=torch.device(device)
     )
-    return plan_of(traced, loaded, arriving)
+    return plan_of(traced, loaded, arriving, client)
 
 
 def call_of(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -171,12 +175,17 @@ def call_of(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (example_inputs,), {}
 
 
-def plan_of(traced: Trace, config: ZeroConfig, arriving: Sequence[str] | None = None) -> Plan:
+def plan_of(
+    traced: Trace,
+    config: ZeroConfig,
+    arriving: Sequence[str] | None = None,
+    client: Client | None = None,
+) -> Plan:
     """Run the passes on a copy of a traced graph."""
     graph = traced.graph.copy()
     if arriving is None:
         arriving = default_arriving(graph)
-    spec = optimizer_of(config, graph.layout)
+    spec = optimizer_of(config, graph.layout, client)
     history = pipeline.run(graph, passes_for(config, graph, tuple(arriving), spec))
     return Plan(graph, history, config, spec)
 
@@ -235,8 +244,12 @@ def average_of(config: ZeroConfig, world: int) -> Average:
     return Average(before=config.gradient_predivide_factor, mean=mean)
 
 
-def optimizer_of(config: ZeroConfig, layout: Layout) -> OptimizerSpec | None:
-    """The optimizer that the config names, with each group's options; None without one."""
+def optimizer_of(
+    config: ZeroConfig, layout: Layout, client: Client | None = None
+) -> OptimizerSpec | None:
+    """The user's own optimizer, else the one that the config names; None without one."""
+    if client is not None:
+        return OptimizerSpec(client.kind, layout.groups)
     if config.optimizer is None:
         return None
     kind = config.optimizer.type.lower()

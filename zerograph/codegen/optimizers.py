@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -30,14 +31,20 @@ CHUNK = 1 << 15
 
 
 @dataclass(frozen=True)
-class Rule:
-    """One optimizer. `scalars` names the columns of the table of scalars."""
+class Kind:
+    """What a plan says of an optimizer. `scalars` names the columns of the table of scalars."""
 
     name: str
     defaults: Mapping[str, Any]
     states: Callable[[Mapping[str, Any]], tuple[str, ...]]
-    """State slices that the rule keeps with the given options."""
+    """State slices that it keeps with the given options."""
     scalars: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Rule(Kind):
+    """An optimizer that `update` applies. States are named as torch names them."""
+
     apply: Apply
 
 
@@ -53,13 +60,16 @@ def _adam(decoupled: bool) -> Apply:
     ) -> None:
         beta1, beta2 = options["betas"]
         lr, decay = options["lr"], options["weight_decay"]
-        mean, square = states
+        mean, square, *peak = states
+        grad = -grad if options["maximize"] else grad
         if decay and decoupled:
             master.mul_(1 - lr * decay)
         elif decay:
             grad = grad.add(master, alpha=decay)
         mean.lerp_(grad, 1 - beta1)
         square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        if options["amsgrad"]:
+            square = torch.maximum(peak[0], square, out=peak[0])
         unbias = (1 - beta2**step) ** 0.5
         root = (square.sqrt() / unbias).add_(options["eps"])
         master.addcdiv_(mean, root, value=-lr / (1 - beta1**step))
@@ -71,6 +81,7 @@ def _sgd(
     master: Tensor, grad: Tensor, states: Sequence[Tensor], options: Mapping[str, Any], step: int
 ) -> None:
     momentum, decay = options["momentum"], options["weight_decay"]
+    grad = -grad if options["maximize"] else grad
     if decay:
         grad = grad.add(master, alpha=decay)
     if momentum:
@@ -83,13 +94,49 @@ def _sgd(
     master.add_(grad, alpha=-options["lr"])
 
 
-_ADAM_DEFAULTS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+def _adagrad(
+    master: Tensor, grad: Tensor, states: Sequence[Tensor], options: Mapping[str, Any], step: int
+) -> None:
+    (total,) = states
+    grad = -grad if options["maximize"] else grad
+    if step == 1:
+        total.fill_(options["initial_accumulator_value"])
+    if options["weight_decay"]:
+        grad = grad.add(master, alpha=options["weight_decay"])
+    rate = options["lr"] / (1 + (step - 1) * options["lr_decay"])
+    total.addcmul_(grad, grad, value=1)
+    master.addcdiv_(grad, total.sqrt().add_(options["eps"]), value=-rate)
+
+
+def _lion(
+    master: Tensor, grad: Tensor, states: Sequence[Tensor], options: Mapping[str, Any], step: int
+) -> None:
+    (mean,) = states
+    (beta1, beta2), lr = options["betas"], options["lr"]
+    direction = mean.mul(beta1).add_(grad, alpha=1 - beta1).sign_()
+    master.mul_(1 - lr * options["weight_decay"]).add_(direction, alpha=-lr)
+    mean.mul_(beta2).add_(grad, alpha=1 - beta2)
+
+
+def _adam_states(options: Mapping[str, Any]) -> tuple[str, ...]:
+    peak = ("max_exp_avg_sq",) if options["amsgrad"] else ()
+    return ("exp_avg", "exp_avg_sq", *peak)
+
+
+_ADAM_DEFAULTS = {
+    "lr": 1e-3,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+    "amsgrad": False,
+    "maximize": False,
+}
 _ADAM_SCALARS = ("lr", "beta1", "beta2", "eps", "weight_decay")
 
 ADAMW = Rule(
     "adamw",
     _ADAM_DEFAULTS,
-    lambda options: ("exp_avg", "exp_avg_sq"),
+    _adam_states,
     _ADAM_SCALARS,
     _adam(decoupled=True),
 )
@@ -98,7 +145,7 @@ ADAMW = Rule(
 ADAM = Rule(
     "adam",
     _ADAM_DEFAULTS,
-    lambda options: ("exp_avg", "exp_avg_sq"),
+    _adam_states,
     _ADAM_SCALARS,
     _adam(decoupled=False),
 )
@@ -106,17 +153,49 @@ ADAM = Rule(
 
 SGD = Rule(
     "sgd",
-    {"lr": 1e-3, "momentum": 0.0, "dampening": 0.0, "nesterov": False, "weight_decay": 0.0},
+    {
+        "lr": 1e-3,
+        "momentum": 0.0,
+        "dampening": 0.0,
+        "nesterov": False,
+        "weight_decay": 0.0,
+        "maximize": False,
+    },
     lambda options: ("momentum_buffer",) if options["momentum"] else (),
     ("lr", "momentum", "dampening", "weight_decay"),
     _sgd,
 )
 """SGD with momentum as torch.optim.SGD defines it (momentum times buffer plus gradient)."""
 
-RULES = {rule.name: rule for rule in (ADAMW, ADAM, SGD)}
+ADAGRAD = Rule(
+    "adagrad",
+    {
+        "lr": 1e-2,
+        "lr_decay": 0.0,
+        "eps": 1e-10,
+        "weight_decay": 0.0,
+        "initial_accumulator_value": 0.0,
+        "maximize": False,
+    },
+    lambda options: ("sum",),
+    ("lr", "lr_decay", "eps", "weight_decay"),
+    _adagrad,
+)
+"""Adagrad as torch.optim.Adagrad defines it, with L2 regularisation."""
+
+LION = Rule(
+    "lion",
+    {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.0},
+    lambda options: ("exp_avg",),
+    ("lr", "beta1", "beta2", "weight_decay"),
+    _lion,
+)
+"""Lion with decoupled weight decay, arXiv:2302.06675 algorithm 2."""
+
+RULES = {rule.name: rule for rule in (ADAMW, ADAM, SGD, ADAGRAD, LION)}
 
 
-def scalar_row(rule: Rule, options: Mapping[str, Any]) -> list[float]:
+def scalar_row(rule: Kind, options: Mapping[str, Any]) -> list[float]:
     """One group's row of the table of scalars, float64 on the host."""
     flat = dict(options)
     if "betas" in flat:

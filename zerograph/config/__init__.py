@@ -13,7 +13,16 @@ table that says which is which. Nothing here imports torch.
 from zerograph.config.batch import Batch
 from zerograph.config.load import load_config
 from zerograph.config.model import ZeroConfig
-from zerograph.config.optimizer import AdamOptimizer, AdamParams, SgdOptimizer, SgdParams
+from zerograph.config.optimizer import (
+    AdagradOptimizer,
+    AdagradParams,
+    AdamOptimizer,
+    AdamParams,
+    LionOptimizer,
+    LionParams,
+    SgdOptimizer,
+    SgdParams,
+)
 from zerograph.config.scheduler import (
     WarmupCosineLR,
     WarmupCosineLRParams,
@@ -24,9 +33,13 @@ from zerograph.config.scheduler import (
 )
 
 __all__ = [
+    "AdagradOptimizer",
+    "AdagradParams",
     "AdamOptimizer",
     "AdamParams",
     "Batch",
+    "LionOptimizer",
+    "LionParams",
     "SgdOptimizer",
     "SgdParams",
     "WarmupCosineLR",

@@ -1,14 +1,12 @@
 """What DeepSpeed knows beyond the config's keys: other types, retired keys, and what to use."""
 
-OPTIMIZER_TYPES = ("Adam", "AdamW", "SGD")
+OPTIMIZER_TYPES = ("Adam", "AdamW", "SGD", "Adagrad", "Lion")
 SCHEDULER_TYPES = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 
 # Known types that are not built, and what comes nearest to them.
 UNBUILT_TYPES = {
     "optimizer": {
-        "Adagrad": "AdamW",
         "Lamb": "AdamW",
-        "Lion": "AdamW",
         "Muon": "AdamW",
         "OneBitAdam": "AdamW",
         "ZeroOneAdam": "AdamW",

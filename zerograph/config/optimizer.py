@@ -1,8 +1,8 @@
 """The `optimizer` section: which update rule, and its parameters.
 
-Two types are built. `Adam` and `AdamW` are one rule: as in DeepSpeed, `Adam` means decoupled weight
-decay (AdamW) unless `adam_w_mode` is false; ask `optimizer.decoupled`. `SGD` is torch's.
-The type is read in any case and kept as `Adam`, `AdamW` or `SGD`.
+`Adam` and `AdamW` are one section: as in DeepSpeed, `Adam` means decoupled weight decay (AdamW)
+unless `adam_w_mode` is false; ask `optimizer.decoupled`. `SGD` and `Adagrad` are torch's, `Lion` has
+DeepSpeed's defaults. The type is read in any case and kept in the spelling of CANONICAL.
 """
 
 from typing import Annotated, Literal
@@ -14,7 +14,13 @@ from zerograph.config.base import NotNegative, Number, Section
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]
 
-CANONICAL = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD"}
+CANONICAL = {
+    "adam": "Adam",
+    "adamw": "AdamW",
+    "sgd": "SGD",
+    "adagrad": "Adagrad",
+    "lion": "Lion",
+}
 TORCH_ADAMW_WEIGHT_DECAY = 0.01
 
 
@@ -65,6 +71,31 @@ class SgdParams(Section):
         return self
 
 
+class AdagradParams(Section):
+    """The parameters of torch's Adagrad, which DeepSpeed makes, with its defaults."""
+
+    lr: NotNegative = 1e-2
+    lr_decay: NotNegative = 0.0
+    eps: NotNegative = 1e-10
+    weight_decay: NotNegative = 0.0
+    initial_accumulator_value: NotNegative = 0.0
+    maximize: bool = False
+    differentiable: bool = False
+    fp32_optimizer_states: bool = True
+    foreach: bool | None = None
+    fused: bool | None = None
+
+
+class LionParams(Section):
+    """Lion's parameters, with the defaults of DeepSpeed's fused Lion."""
+
+    lr: NotNegative = 1e-3
+    betas: Betas = (0.9, 0.999)
+    weight_decay: NotNegative = 0.0
+    set_grad_none: bool = True
+    fp32_optimizer_states: bool = True
+
+
 class AdamOptimizer(Section):
     """The `optimizer` section when its type is Adam or AdamW."""
 
@@ -107,16 +138,43 @@ class SgdOptimizer(Section):
     legacy_fusion: bool = False
 
 
+class AdagradOptimizer(Section):
+    """The `optimizer` section when its type is Adagrad."""
+
+    type: Annotated[Literal["Adagrad"], BeforeValidator(_canonical)]
+    params: AdagradParams = AdagradParams()
+    legacy_fusion: bool = False
+
+
+class LionOptimizer(Section):
+    """The `optimizer` section when its type is Lion."""
+
+    type: Annotated[Literal["Lion"], BeforeValidator(_canonical)]
+    params: LionParams = LionParams()
+    legacy_fusion: bool = False
+
+
 def _tag(data: object) -> str | None:
     """Pick the class by type; an unknown type is its own tag, which pydantic then refuses."""
     kind = data.get("type") if isinstance(data, dict) else getattr(data, "type", None)
     if not isinstance(kind, str):
         return None
-    return {"Adam": "adam", "AdamW": "adam", "SGD": "sgd"}.get(str(_canonical(kind)), kind)
+    canonical = str(_canonical(kind))
+    return {"AdamW": "adam"}.get(
+        canonical, canonical.lower() if canonical in CANONICAL.values() else kind
+    )
 
 
 Optimizer = Annotated[
-    Annotated[AdamOptimizer, Tag("adam")] | Annotated[SgdOptimizer, Tag("sgd")],
+    Annotated[AdamOptimizer, Tag("adam")]
+    | Annotated[SgdOptimizer, Tag("sgd")]
+    | Annotated[AdagradOptimizer, Tag("adagrad")]
+    | Annotated[LionOptimizer, Tag("lion")],
     Discriminator(_tag),
 ]
-OPTIMIZER_TAGS: dict[str, type[Section]] = {"adam": AdamOptimizer, "sgd": SgdOptimizer}
+OPTIMIZER_TAGS: dict[str, type[Section]] = {
+    "adam": AdamOptimizer,
+    "sgd": SgdOptimizer,
+    "adagrad": AdagradOptimizer,
+    "lion": LionOptimizer,
+}

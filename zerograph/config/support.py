@@ -117,7 +117,7 @@ _REST = (
         "disable_allgather", "new parameters are gathered wherever they are sharded", OFF, False
     ),
     *advises("graph_harvesting", "the whole step is one graph already"),
-    *advises("zero_allow_untested_optimizer", "every optimizer type that is accepted is tested"),
+    *built("zero_allow_untested_optimizer"),
     *advises("zero_force_ds_cpu_optimizer", "nothing is offloaded, so no CPU optimizer is used"),
     *advises(
         "steps_per_print wall_clock_breakdown memory_breakdown dump_state log_level timers",

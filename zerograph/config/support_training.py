@@ -8,13 +8,14 @@ TRAINING_ROWS = (
     *built(
         under(
             "optimizer.params",
-            "lr betas eps weight_decay adam_w_mode torch_adam momentum dampening nesterov",
+            "lr betas eps weight_decay adam_w_mode torch_adam amsgrad maximize momentum dampening "
+            "nesterov lr_decay initial_accumulator_value",
         )
     ),
     *refused("optimizer.params.bias_correction", "Adam corrects its bias", "leave it out", True),
     *refused(
-        under("optimizer.params", "amsgrad maximize differentiable"),
-        "the update is plain gradient descent of the type given",
+        "optimizer.params.differentiable",
+        "the update is not recorded by autograd",
         OFF,
         False,
     ),

@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from zerograph.client import Given
 from zerograph.config import ZeroConfig
 from zerograph.engine import Engine, compile
 from zerograph.errors import ConfigError, PlanError
@@ -41,7 +42,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
 def initialize(
     args: argparse.Namespace | None = None,
     model: nn.Module | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Given | None = None,
     model_parameters: Iterable[Any] | None = None,
     training_data: Dataset[Any] | None = None,
     lr_scheduler: LRScheduler | Callable[[ShardedOptimizer], LRScheduler] | None = None,
@@ -54,24 +55,26 @@ def initialize(
     The config is `config`, or `config_params`, or the file that `args.deepspeed_config` names.
     `model_parameters` may be parameters or torch's list of groups. With `training_data` the dataloader
     gives each rank its own micro-batches. `lr_scheduler` may be a function from the optimizer to
-    a scheduler. A client `optimizer` is not supported yet: name it in the config.
+    a scheduler, or one on the `optimizer` given. `optimizer` is an instance, which has its own groups, or
+    a function from `model_parameters` to one; it wins over the config's `optimizer` section.
     """
     if model is None:
         raise PlanError("initialize needs model=")
-    if optimizer is not None:
-        raise PlanError(
-            f"initialize(optimizer={type(optimizer).__name__}(...)): client optimizers are not supported "
-            "yet; name AdamW, Adam or SGD in the config's `optimizer` section"
-        )
+    made = isinstance(optimizer, torch.optim.Optimizer)
     engine = compile(
-        model, _config(args, config, config_params), param_groups=_groups(model, model_parameters)
+        model,
+        _config(args, config, config_params),
+        param_groups=None if made else _groups(model, model_parameters),
+        optimizer=optimizer,
     )
     if isinstance(lr_scheduler, LRScheduler):
-        raise PlanError(
-            "initialize(lr_scheduler=...): give a function from the optimizer to a scheduler, since the "
-            "optimizer is made here"
-        )
-    if lr_scheduler is not None:
+        if lr_scheduler.optimizer is not optimizer:
+            raise PlanError(
+                "initialize(lr_scheduler=...): the scheduler is not on the `optimizer` given here; give "
+                "that one too, or a function from the optimizer to a scheduler"
+            )
+        engine.lr_scheduler = lr_scheduler
+    elif lr_scheduler is not None:
         if engine.optimizer is None:
             raise PlanError(
                 "initialize(lr_scheduler=...) needs an `optimizer` section in the config"

@@ -1,32 +1,81 @@
 """The optimizer that a program's `update` nodes call: groups, step counts, and runs of a slice.
 
 It is a torch.optim.Optimizer, so that torch's learning-rate schedulers attach to it, but its
-parameters have no storage; `engine.step()` updates the flat slices.
+parameters have no storage; `engine.step()` updates the flat slices. With a user's own instance the
+two share their group dicts, so that either one's `param_groups` may be changed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zerograph.codegen.optimizers import Rule, Run, scalar_row, update
+from zerograph import compat
+from zerograph.client import Client
+from zerograph.codegen.optimizers import Kind, Rule, Run, scalar_row, update
 from zerograph.errors import PlanError
-from zerograph.layout import Layout
+from zerograph.layout import Layout, Param
+from zerograph.probe import REFUSED
 from zerograph.runtime.state import State
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
-    """The rule of the config on flat slices. Change options in `param_groups`, as with torch."""
+    """A rule on flat slices. Change options in `param_groups`, as with torch.
 
-    def __init__(self, rule: Rule, groups: Sequence[Mapping[str, Any]], state: State) -> None:
+    `state` has for each parameter "step" and, by torch's names, 1-D views of this rank's pieces of its
+    states: empty where the rank owns nothing of it, whole at stage 0. `state_dict()` holds the same.
+    """
+
+    def __init__(
+        self,
+        rule: Kind,
+        groups: Sequence[Mapping[str, Any]],
+        state: State,
+        client: Client | None = None,
+    ) -> None:
         self._rule = rule
         self._state = state
+        self._client = client
+        self._closed = False
         self._take(state.layout, {})
+        self._states = {n for s in state.storages.values() for n in s.states}
         members: list[dict[str, Any]] = [{**group, "params": []} for group in groups]
         for param in self._trainable:
             members[param.group]["params"].append(state.parameters[param.name])
         super().__init__(members, dict(rule.defaults))
+        if client is not None:
+            self._adopt(client)
+        self._closed = True
+
+    def _adopt(self, client: Client) -> None:
+        """Share the groups of the user's instance, take its state over, and stop its own step()."""
+        instance = client.instance
+        self.defaults, self.param_groups = instance.defaults, instance.param_groups
+        if instance.state:
+            take_states(self._state, instance.state)
+            self._steps = [client.steps(self._parameter(p)) for p in self._trainable]
+        instance.state = defaultdict(dict)
+        for name in REFUSED:
+            setattr(instance, name, _refusal(type(instance).__name__, name))
+
+    def _parameter(self, param: Param) -> torch.nn.Parameter:
+        return self._state.parameters[param.name]
+
+    def release(self) -> None:
+        """Give the user's instance its own methods back."""
+        for name in REFUSED if self._client is not None else ():
+            vars(self._client.instance).pop(name, None)  # type: ignore[union-attr]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: the groups decide the flat layout, which is fixed."""
+        if self._closed:
+            raise PlanError(
+                "a parameter group cannot be added after zerograph.compile, which has laid the "
+                "parameters out; give all groups when you compile (a frozen group may have lr 0)"
+            )
+        super().add_param_group(param_group)
 
     def _take(self, layout: Layout, steps: Mapping[str, int]) -> None:
         self._layout = layout
@@ -38,9 +87,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Take the state's new layout; newly trained parameters join their groups at step 0."""
         steps = {param.name: self._steps[index] for index, param in enumerate(self._trainable)}
         self._take(self._state.layout, steps)
+        listed = {id(p) for group in self.param_groups for p in group["params"]}
         for param in self._trainable:
-            if param.name not in steps:
-                parameter = self._state.parameters[param.name]
+            if id(parameter := self._parameter(param)) not in listed:
                 self.param_groups[param.group]["params"].append(parameter)
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -50,11 +99,71 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing to do: `engine.step()` drops gradients."""
 
+    # State
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
+        """Per parameter: "step" and this rank's piece [elements] of each state, as views."""
+        return defaultdict(dict, {self._parameter(p): self._entry(p) for p in self._trainable})
+
+    @state.setter
+    def state(self, value: object) -> None:
+        """torch's constructor sets an empty table; the states lie in the engine's buckets."""
+
+    def _entry(self, param: Param) -> dict[str, Any]:
+        step = torch.tensor(float(self._steps[self._index[param.name]]))
+        return {"step": step, **self._views(param)}
+
+    def _views(self, param: Param) -> dict[str, Tensor]:
+        low, high = self.piece(param)
+        states = self._state.storages[param.bucket].states
+        return {name: flat[low:high] for name, flat in states.items()}
+
+    def piece(self, param: Param) -> tuple[int, int]:
+        """(start, stop) of a parameter's elements in this rank's slice of its bucket, padding left out."""
+        size = self._state.storages[param.bucket].shard.numel()
+        begin = size * self._state.world.rank if self._state.stage else 0
+        low = min(max(param.offset - begin, 0), size)
+        return low, max(low, min(param.offset + param.numel - begin, size))
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """Take what `state_dict()` gave on this rank of an engine with the same layout."""
+        saved = state_dict["param_groups"]
+        order = [p for group in self.param_groups for p in group["params"]]
+        if [len(g["params"]) for g in saved] != [len(g["params"]) for g in self.param_groups]:
+            raise PlanError(
+                "the optimizer's state dict has other parameter groups; nothing was loaded"
+            )
+        entries = {id(order[index]): entry for index, entry in state_dict["state"].items()}
+        pairs = [(p, entries.get(id(self._parameter(p)), {})) for p in self._trainable]
+        for param, entry in pairs:
+            self._check(param, entry)
+        for param, entry in pairs:
+            self._load(param, entry)
+        for group, given in zip(self.param_groups, saved):
+            group.update({k: v for k, v in given.items() if k not in ("params", "param_names")})
+
+    def _check(self, param: Param, entry: Mapping[str, Any]) -> None:
+        for name, view in self._views(param).items() if entry else ():
+            if name not in entry or entry[name].numel() != view.numel():
+                found = entry[name].numel() if name in entry else "no"
+                raise PlanError(
+                    f"the optimizer's state dict has {found} elements of {name} of {param.name} and this "
+                    f"rank owns {view.numel()}: it is of another rank, stage or number of ranks; nothing "
+                    "was loaded"
+                )
+
+    def _load(self, param: Param, entry: Mapping[str, Any]) -> None:
+        self._steps[self._index[param.name]] = int(entry.get("step", 0))
+        for name, view in self._views(param).items():
+            view.copy_(entry[name]) if entry else view.zero_()
+
     # What a step program calls
 
     def scalars(self) -> Tensor:
         """The table of scalars, fp32 [groups, columns], from options held in float64."""
-        return torch.tensor([scalar_row(self._rule, group) for group in self.param_groups])
+        return torch.tensor([scalar_row(self._rule, group) for group in self._options()])
 
     def runs(self, bucket: str, used: Sequence[int]) -> list[Run]:
         """This rank's slice of a bucket as runs of one group and step count, unused ones left out."""
@@ -88,11 +197,66 @@ class ShardedOptimizer(torch.optim.Optimizer):
         finite: Tensor | None,
     ) -> None:
         """The target of `zero.update`: apply the rule to one bucket's slice, in place."""
-        self._opt_called = True  # what torch's schedulers look at before they warn
+        self._stepped()
         if finite is not None and not bool(finite):
             return
         flags = used.tolist()
         for param in self._layout.bucket_params(bucket):
             self._steps[self._index[param.name]] += bool(flags[self._index[param.name]])
         runs = self.runs(bucket, flags)
-        update(self._rule, self.param_groups, runs, master, grad, states, low, factor)
+        assert isinstance(self._rule, Rule)
+        update(self._rule, self._options(), runs, master, grad, states, low, factor)
+
+    def _stepped(self) -> None:
+        compat.mark_stepped(self)
+        if self._client is not None:
+            compat.mark_stepped(self._client.instance)
+
+    def _options(self) -> list[dict[str, Any]]:
+        """Each group's options as they are now, as numbers."""
+        named = self._rule.defaults
+        made = [{k: _plain(group[k]) for k in named} for group in self.param_groups]
+        for index, options in enumerate(made):
+            late = [name for name in self._rule.states(options) if name not in self._states]
+            if late:
+                raise PlanError(
+                    f"parameter group {index} now needs {', '.join(late)}, a state that no group had at "
+                    "zerograph.compile; set the option (momentum, amsgrad) when you compile"
+                )
+        return made
+
+
+def _plain(value: Any) -> Any:
+    """An option as numbers; torch allows tensors for some."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_plain, value))
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def _refusal(kind: str, name: str) -> Callable[..., None]:
+    """What stands for a method of the user's instance while an engine has it."""
+    instead = {
+        "step": "call engine.step(), which applies it; its own step() has no gradients",
+        "add_param_group": "give all parameter groups before zerograph.compile, which lays them out",
+        "load_state_dict": "call engine.optimizer.load_state_dict(), since the engine holds the states",
+    }[name]
+
+    def refused(*args: Any, **kwargs: Any) -> None:
+        raise PlanError(f"{kind}.{name}: an engine has this optimizer; {instead}")
+
+    compat.mark_tracked(refused)
+    return refused
+
+
+@torch.no_grad()
+def take_states(state: State, source: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    """Put rank 0's states of whole parameters into the flat slices of all ranks; call it on all."""
+    for bucket in state.layout.trainable_buckets():
+        for name, own in state.storages[bucket.name].states.items():
+            flat = torch.zeros(bucket.numel, dtype=own.dtype, device=own.device)
+            for param in state.layout.bucket_params(bucket.name):
+                value = source.get(state.parameters[param.name], {}).get(name)
+                if value is not None and state.world.rank == 0:
+                    state.view(flat, param).copy_(value)
+            state.world.broadcast(flat)
+            own.copy_(state.own(flat))

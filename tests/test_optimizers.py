@@ -310,6 +310,20 @@ def test_what_is_not_elementwise_is_refused_with_the_reason() -> None:
     assert "closure" in refusal(lambda p: Closed(p, lr=0.1), **OPT_IN)
 
 
+def test_a_classs_states_lie_in_the_engines_slices() -> None:
+    """What is written into a view is what the class reads at its next step."""
+    model = mlp()
+    engine = zerograph.compile(mlp(), OPT_IN, optimizer=O.RMSprop)
+    reference = O.RMSprop(model.parameters(), foreach=False)
+    train(engine)
+    train_eagerly(model, reference)
+    engine.optimizer.state[engine.module.first.weight]["square_avg"].fill_(9.0)
+    reference.state[model.first.weight]["square_avg"].fill_(9.0)
+    train(engine)
+    train_eagerly(model, reference)
+    assert not differing(engine.state_dict(), model.state_dict())
+
+
 # The engine's optimizer
 
 

@@ -259,6 +259,9 @@ def test_what_is_refused() -> None:
     assert "not a torch.optim.Optimizer" in refusal(lambda params: 3)
     assert "lambda params: Fresh(params" in refusal(Fresh)
     assert '"zero_allow_untested_optimizer": true' in refusal(O.RMSprop)
+    hooked = O.AdamW(own.parameters())
+    hooked.register_step_post_hook(lambda *args: None)
+    assert "step hooks" in refusal(hooked, own)
     assert "differentiable" in refusal(lambda p: O.Adam(p, differentiable=True))
 
 

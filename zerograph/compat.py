@@ -55,6 +55,7 @@ __all__ = [
     "clear_saved",
     "default_store",
     "export_joint",
+    "has_step_hooks",
     "mark_stepped",
     "mark_tracked",
     "new_fake_mode",
@@ -226,6 +227,11 @@ def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
 def mark_tracked(step: Callable[..., Any]) -> None:
     """Tell torch's schedulers that this replacement of an optimizer's step() is known to them."""
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
+
+def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the user registered a hook on the optimizer's step()."""
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
 
 
 def optimizer_hooks() -> set[str]:

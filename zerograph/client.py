@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from zerograph import compat
 from zerograph.codegen.optimizers import ADAGRAD, ADAM, ADAMW, SGD, Kind, Rule
 from zerograph.config import ZeroConfig
 from zerograph.errors import PlanError
@@ -65,6 +66,11 @@ def client_of(
         raise PlanError(
             f"optimizer={type(instance).__name__}(differentiable=True): the update is not recorded by "
             "autograd; leave it out"
+        )
+    if compat.has_step_hooks(instance):
+        raise PlanError(
+            f"optimizer={type(instance).__name__}: it has step hooks, which would not be called; remove "
+            "them, and do their work after engine.step()"
         )
     rule = RULES.get(type(instance))
     if rule is not None:

@@ -69,6 +69,7 @@ __all__ = [
     "export_joint",
     "function_of",
     "guards_of",
+    "has_step_hooks",
     "hint",
     "insert_expression",
     "mark_dynamic",
@@ -249,6 +250,11 @@ def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
 def mark_tracked(step: Callable[..., Any]) -> None:
     """Tell torch's schedulers that this replacement of an optimizer's step() is known to them."""
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
+
+def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the user registered a hook on the optimizer's step()."""
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
 
 
 def optimizer_hooks() -> set[str]:

@@ -11,7 +11,6 @@ the model's parameters: they keep their names, shapes and dtypes, and have no va
 """
 
 import logging
-import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,14 +25,12 @@ from zerograph.client import Given, client_of
 from zerograph.config import ZeroConfig, load_config
 from zerograph.errors import PlanError
 from zerograph.layout import layout_of
-from zerograph.passes.lower import Program
 from zerograph.plan import OptimizerSpec, Plan, optimizer_of, plan_of
 from zerograph.precision import precision_of, short
 from zerograph.runtime import values
 from zerograph.runtime.agree import Agreement
 from zerograph.runtime.flat import optimizer_on
 from zerograph.runtime.key import call_of
-from zerograph.runtime.loss_scale import scaler_of
 from zerograph.runtime.lr_schedule import scheduler_of
 from zerograph.runtime.optimizer import ShardedOptimizer
 from zerograph.runtime.parameters import Parameters
@@ -42,6 +39,7 @@ from zerograph.runtime.programs import Dims, Programs
 from zerograph.runtime.relayout import relay
 from zerograph.runtime.run import Compiled, Runner
 from zerograph.runtime.state import State
+from zerograph.runtime.updates import Updates
 from zerograph.runtime.world import World, current_world
 from zerograph.template import dissect
 from zerograph.trace import trace
@@ -114,17 +112,9 @@ class Engine:
         )
         self.lr_scheduler: LRScheduler | None = scheduler_of(config, self.optimizer)
         self.micro_steps = 0
-        self.global_steps = 0
-        self.skipped_steps = 0
-        self._scaler = scaler_of(config)
-        self._set_scale()
-        self._weights: list[float] = []
+        self._updates = Updates.of(config, self.state, self.optimizer)
         self._programs = Programs(type(model).__name__)
         self._plan: Plan | None = None
-        self._step_program: tuple[Plan, Program] | None = None
-        self._used: set[str] = set()
-        self._norm: float | None = None
-        self._applied = False
         self._run = Runner(model, self.state, self._received)
         self._param_groups = client.groups if client else param_groups
         self._parameters = Parameters.of(model)
@@ -158,28 +148,12 @@ class Engine:
                 f"engine.backward needs a scalar loss that requires grad, got {what}; take it from "
                 "the engine's outputs outside torch.no_grad()"
             )
-        gradient = self._weighted(loss, weight)
+        self._updates.check_weight(weight)
+        gradient = None if weight is None else torch.full_like(loss, weight)
         loss.backward(gradient, retain_graph)  # type: ignore[no-untyped-call]
         if weight is not None:
-            self._weights.append(float(weight))
+            self._updates.weights.append(float(weight))
         return loss
-
-    def _weighted(self, loss: Tensor, weight: float | None) -> Tensor | None:
-        """The gradient that a weighted loss starts from; None without a weight."""
-        if self.config.compile.weighted_accumulation == (weight is None):
-            given = "no weight=" if weight is None else "a weight="
-            state = "true" if weight is None else "false"
-            raise PlanError(
-                f"engine.backward got {given}, and compile.weighted_accumulation is {state} in the "
-                "config; give a weight with every backward if it is true, and none otherwise"
-            )
-        if weight is None:
-            return None
-        if not (math.isfinite(weight) and weight >= 0):
-            raise PlanError(
-                f"weight of engine.backward must be finite and at least 0, got {weight}"
-            )
-        return torch.full_like(loss, weight)
 
     def step(self) -> None:
         """At the boundary of gradient accumulation: reduce, clip, update. Otherwise only count."""
@@ -189,9 +163,10 @@ class Engine:
                 'engine.step() needs an optimizer; give compile(optimizer=...), or add {"optimizer": '
                 '{"type": "AdamW", "params": {"lr": 1e-3}}} to the config'
             )
-        boundary = self.is_gradient_accumulation_boundary()
-        if boundary:
-            self._update()
+        if self.is_gradient_accumulation_boundary():
+            applied = self._updates.apply()
+            if self.lr_scheduler is not None and applied:
+                self.lr_scheduler.step()
         self.micro_steps += 1
 
     def is_gradient_accumulation_boundary(self) -> bool:
@@ -200,22 +175,30 @@ class Engine:
 
     def get_global_grad_norm(self) -> float | None:
         """The 2-norm of the mean gradient at the last update, before clipping; None before it."""
-        return self._norm
+        return self._updates.norm
 
     @property
     def loss_scale(self) -> float:
         """What the loss of the next backward is multiplied by; 1 without fp16."""
-        return self._scaler.scale if self._scaler is not None else 1.0
+        return self._updates.scale
+
+    @property
+    def global_steps(self) -> int:
+        """Updates so far, skipped ones included."""
+        return self._updates.count
+
+    @property
+    def skipped_steps(self) -> int:
+        """Updates that were skipped because gradients were not finite."""
+        return self._updates.skipped
 
     def was_step_applied(self) -> bool:
         """Whether the last update changed the parameters: it is skipped if gradients are not finite."""
-        return self._applied
+        return self._updates.applied
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients kept since the last update."""
-        self.state.drop_gradients()
-        self._used.clear()
-        self._weights.clear()
+        self._updates.drop()
 
     def train(self, mode: bool = True) -> "Engine":
         self.module.train(mode)
@@ -260,7 +243,7 @@ class Engine:
         Loss scale and weights are divided out, in the dtype that gradients are kept in. None for a
         parameter that received none on this rank since the last update.
         """
-        return values.gradients(self.state, self._used, self._divisor())
+        return values.gradients(self.state, self._updates.used, self._updates.divisor())
 
     # Values
 
@@ -300,8 +283,7 @@ class Engine:
         now = Parameters.of(self.module)
         if now == self._parameters:
             return
-        pending = any(storage.kept is not None for storage in self.state.storages.values())
-        changed = self._parameters.changes(now, pending)
+        changed = self._parameters.changes(now, self._updates.pending)
         _log.info("%s: the step is traced again", changed)
         self._parameters = now
         frozen = (p.name for p in self.state.layout.params.values() if not p.trainable)
@@ -317,11 +299,13 @@ class Engine:
         self._agreement.agree(
             f"the layout of {type(self.module).__name__}", self._layout_lines(layout, spec)
         )
+        if self.optimizer is not None:
+            self.optimizer.require_relayable()
         relay(self.state, layout, spec.states if spec else ())
         if self.optimizer is not None:
             self.optimizer.relaid()
         self._programs.clear()
-        self._plan = self._step_program = None
+        self._plan = self._updates.chosen = None
 
     def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Dims) -> Compiled:
         traced = trace(
@@ -338,91 +322,17 @@ class Engine:
             made = plan_of(traced, self.config, arriving, self._client)
             kind = "a training step" if made.graph.training else "a forward"
             self._agreement.agree(f"{kind} of {made.graph.model}", made.signature())
-            self._adopt(made)
+            self._plan = made
+            self._updates.adopt(made)
             return made
 
         planned = make_plan()
         group = self.world.group_name
         return Compiled(traced, planned, planned.program("forward", group), make_plan, group)
 
-    def _adopt(self, planned: Plan) -> None:
-        """Remember a new plan; its step program is taken if it is the first or asks the ranks more."""
-        self._plan = planned
-        if not planned.graph.training or self.optimizer is None:
-            return
-        asks = bool(planned.graph.unused)
-        if self._step_program is None or (asks and not self._step_program[0].graph.unused):
-            program = planned.program("step", self.world.group_name)
-            self._step_program = (planned, program)
-
     def _received(self, planned: Plan) -> None:
-        trainable = (p.name for p in planned.graph.layout.params.values() if p.trainable)
-        self._used.update(set(trainable) - set(planned.graph.unused))
+        self._updates.received(planned)
         self._plan = planned
-
-    @torch.no_grad()
-    def _update(self) -> None:
-        if self._step_program is None or self.optimizer is None:
-            raise PlanError("engine.step() before any forward with gradients; nothing to apply")
-        _, program = self._step_program
-        for storage in self.state.storages.values():
-            if storage.kept is None and storage.bucket.trainable:
-                raise PlanError("engine.step() before any backward since the last update")
-        inputs: list[Any] = []
-        for role in program.inputs:
-            if role.kind == "used":
-                inputs.append(self._used_flags())
-            elif role.kind == "hyper":
-                inputs.append(self.optimizer)
-            elif role.kind == "weight":
-                inputs.append(self._total_weight())
-            else:
-                inputs.append(self.state.resolve(role))
-        self.zero_grad()
-        (norm,) = program.module(inputs)
-        self._norm = float(norm)
-        self._after(math.isfinite(self._norm) or not _may_skip(program))
-
-    def _after(self, applied: bool) -> None:
-        """Count an update that was applied or skipped, and move the scale and the rate on."""
-        self._applied = applied
-        self.global_steps += 1
-        before = self.loss_scale
-        self.skipped_steps += not applied
-        said = self._scaler.update(applied) if self._scaler is not None else "nothing is changed"
-        self._set_scale()
-        if self.world.rank == 0 and not applied:
-            _log.warning(
-                "step %d is skipped, gradients are not finite: %s", self.global_steps, said
-            )
-        elif self.world.rank == 0 and self.loss_scale != before:
-            _log.info("step %d: %s", self.global_steps, said)
-        if self.lr_scheduler is not None and applied:
-            self.lr_scheduler.step()
-
-    def _set_scale(self) -> None:
-        if self._scaler is not None:
-            self.state.scale = self._scaler.tensor(self.world.device)
-
-    def _total_weight(self) -> Tensor:
-        if not self._weights:
-            raise PlanError(
-                "engine.step() without a weight: with compile.weighted_accumulation call "
-                "engine.backward(loss, weight=...), not loss.backward()"
-            )
-        return torch.tensor(sum(self._weights), dtype=torch.float64, device=self.world.device)
-
-    def _used_flags(self) -> Tensor:
-        trainable = [p.name for p in self.state.layout.params.values() if p.trainable]
-        flags = [name in self._used for name in trainable]
-        return torch.tensor(flags, dtype=torch.uint8, device=self.world.device)
-
-    def _divisor(self) -> float:
-        """What the mean gradients kept so far are too large by: loss scale and mean weight."""
-        if self.config.compile.weighted_accumulation:
-            return self.loss_scale * float(self.world.mean(self._total_weight()))
-        summed = self.config.gradient_allreduce_op == "sum" and self.state.stage < 2
-        return self.loss_scale / (self.world.size if summed else 1)
 
     def _layout_lines(self, layout: Any, spec: OptimizerSpec | None) -> list[str]:
         client = self._client
@@ -437,10 +347,3 @@ class Engine:
                 taken = client.steps(self.module.get_parameter(param.name)) if client else 0
                 lines.append(f"{line} after {taken} steps" if taken else line)
         return lines
-
-
-def _may_skip(program: Program) -> bool:
-    """Whether a step program leaves everything as it is when the norm is not finite."""
-    return any(
-        node.target is torch.ops.aten.isfinite.default for node in program.module.graph.nodes
-    )

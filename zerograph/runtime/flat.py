@@ -37,8 +37,8 @@ class FlatOptimizer(ShardedOptimizer):
             if held := before.get(self._parameter(param)):
                 self._load(param, {**held, **self._views(param)})
 
-    def relaid(self) -> None:
-        """Refused: what the class keeps beside its flat states has no place in another layout."""
+    def require_relayable(self) -> None:
+        """Refuse: what the class keeps beside its flat states has no place in another layout."""
         raise PlanError(
             f"a parameter that was frozen at compile is to be trained, and {self._rule.name} runs itself "
             "on flat slices, which cannot be laid out anew; compile with every parameter trainable that "

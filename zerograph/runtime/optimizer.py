@@ -83,6 +83,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._index = {p.name: i for i, p in enumerate(self._trainable)}
         self._steps = [steps.get(p.name, 0) for p in self._trainable]
 
+    def require_relayable(self) -> None:
+        """Whether the states can move to another layout; a rule's always can."""
+
     def relaid(self) -> None:
         """Take the state's new layout; newly trained parameters join their groups at step 0."""
         steps = {param.name: self._steps[index] for index, param in enumerate(self._trainable)}

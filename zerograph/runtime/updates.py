@@ -1,0 +1,168 @@
+"""From the first backward to the update: which parameters got gradients, what they weigh, the step.
+
+received     a backward ran: its parameters have gradients
+apply        the step program: reduce, norm, clip, optimizer; or a skip, and the loss scale follows
+"""
+
+import logging
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zerograph.config import ZeroConfig
+from zerograph.errors import PlanError
+from zerograph.passes.lower import Program
+from zerograph.plan import Plan
+from zerograph.runtime.loss_scale import LossScaler, scaler_of
+from zerograph.runtime.optimizer import ShardedOptimizer
+from zerograph.runtime.state import State
+
+_log = logging.getLogger("zerograph")
+
+
+@dataclass
+class Updates:
+    """The updates of one engine, and what is pending for the next."""
+
+    config: ZeroConfig
+    state: State
+    optimizer: ShardedOptimizer | None
+    count: int = 0
+    """Updates so far, skipped ones included."""
+    skipped: int = 0
+    norm: float | None = None
+    """Of the mean gradient at the last update, before clipping."""
+    applied: bool = False
+    """Whether the last update changed anything."""
+    scaler: LossScaler | None = None
+    used: set[str] = field(default_factory=set)
+    """Parameters that received a gradient on this rank since the last update."""
+    weights: list[float] = field(default_factory=list)
+    """Of the losses since the last update, with weighted accumulation."""
+    chosen: tuple[Plan, Program] | None = None
+    """The plan whose step region is run, and that region lowered."""
+
+    @classmethod
+    def of(cls, config: ZeroConfig, state: State, optimizer: ShardedOptimizer | None) -> "Updates":
+        made = cls(config, state, optimizer, scaler=scaler_of(config))
+        made._hand_on_scale()
+        return made
+
+    @property
+    def scale(self) -> float:
+        """The loss scale; 1 without fp16."""
+        return self.scaler.scale if self.scaler is not None else 1.0
+
+    @property
+    def pending(self) -> bool:
+        """Whether gradients are kept for the next update."""
+        return any(storage.kept is not None for storage in self.state.storages.values())
+
+    # Before a step
+
+    def adopt(self, plan: Plan) -> None:
+        """Take a new plan's step program if it is the first, or asks other ranks for more."""
+        if not plan.graph.training or self.optimizer is None:
+            return
+        asks = bool(plan.graph.unused)
+        if self.chosen is None or (asks and not self.chosen[0].graph.unused):
+            self.chosen = (plan, plan.program("step", self.state.world.group_name))
+
+    def received(self, plan: Plan) -> None:
+        """A backward of `plan` has run."""
+        trainable = (p.name for p in plan.graph.layout.params.values() if p.trainable)
+        self.used.update(set(trainable) - set(plan.graph.unused))
+
+    def check_weight(self, weight: float | None) -> None:
+        """Raise PlanError unless a weight is given where, and only where, the config asks for one."""
+        if self.config.compile.weighted_accumulation == (weight is None):
+            given = "no weight=" if weight is None else "a weight="
+            state = "true" if weight is None else "false"
+            raise PlanError(
+                f"engine.backward got {given}, and compile.weighted_accumulation is {state} in the "
+                "config; give a weight with every backward if it is true, and none otherwise"
+            )
+        if weight is not None and not (math.isfinite(weight) and weight >= 0):
+            raise PlanError(
+                f"weight of engine.backward must be finite and at least 0, got {weight}"
+            )
+
+    def drop(self) -> None:
+        """Forget the gradients kept since the last update."""
+        self.state.drop_gradients()
+        self.used.clear()
+        self.weights.clear()
+
+    def divisor(self) -> float:
+        """What the mean gradients kept so far are too large by: loss scale and mean weight."""
+        world = self.state.world
+        if self.config.compile.weighted_accumulation:
+            return self.scale * float(world.mean(self._total_weight()))
+        summed = self.config.gradient_allreduce_op == "sum" and self.state.stage < 2
+        return self.scale / (world.size if summed else 1)
+
+    # The step
+
+    @torch.no_grad()
+    def apply(self) -> bool:
+        """Update the parameters; answers whether they were, or the step was skipped."""
+        if self.chosen is None:
+            raise PlanError("engine.step() before any forward with gradients; nothing to apply")
+        for storage in self.state.storages.values():
+            if storage.kept is None and storage.bucket.trainable:
+                raise PlanError("engine.step() before any backward since the last update")
+        program = self.chosen[1]
+        inputs = [self._input(role.kind, role) for role in program.inputs]
+        self.drop()
+        (norm,) = program.module(inputs)
+        self.norm = float(norm)
+        self.applied = math.isfinite(self.norm) or not _may_skip(program)
+        self._take_note()
+        return self.applied
+
+    def _input(self, kind: str, role: Any) -> Any:
+        makers = {"used": self._flags, "weight": self._total_weight}
+        if kind == "hyper":
+            return self.optimizer
+        return makers[kind]() if kind in makers else self.state.resolve(role)
+
+    def _take_note(self) -> None:
+        """Count the update, and let the loss scale follow."""
+        self.count += 1
+        self.skipped += not self.applied
+        before = self.scale
+        said = self.scaler.update(self.applied) if self.scaler is not None else "nothing is changed"
+        self._hand_on_scale()
+        if self.state.world.rank == 0 and not self.applied:
+            _log.warning("step %d is skipped, gradients are not finite: %s", self.count, said)
+        elif self.state.world.rank == 0 and self.scale != before:
+            _log.info("step %d: %s", self.count, said)
+
+    def _hand_on_scale(self) -> None:
+        if self.scaler is not None:
+            self.state.scale = self.scaler.tensor(self.state.world.device)
+
+    def _total_weight(self) -> Tensor:
+        if not self.weights:
+            raise PlanError(
+                "engine.step() without a weight: with compile.weighted_accumulation call "
+                "engine.backward(loss, weight=...), not loss.backward()"
+            )
+        device = self.state.world.device
+        return torch.tensor(sum(self.weights), dtype=torch.float64, device=device)
+
+    def _flags(self) -> Tensor:
+        """Which trainable parameters received a gradient, uint8 [parameters]."""
+        trainable = [p.name for p in self.state.layout.params.values() if p.trainable]
+        flags = [name in self.used for name in trainable]
+        return torch.tensor(flags, dtype=torch.uint8, device=self.state.world.device)
+
+
+def _may_skip(program: Program) -> bool:
+    """Whether a step program leaves everything as it is when the norm is not finite."""
+    return any(
+        node.target is torch.ops.aten.isfinite.default for node in program.module.graph.nodes
+    )

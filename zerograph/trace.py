@@ -259,12 +259,7 @@ def _require_gradients(graph: TrainGraph, model: nn.Module) -> None:
     if not graph.training:
         return
     have = {gradient.name for gradient in graph.gradients if gradient.kind == "param"}
-    thawed = [name for name in have if not graph.layout.params[name].trainable]
-    if thawed:
-        raise CaptureError(
-            f"parameter {min(thawed)} was frozen when the model was compiled and has no place for a "
-            "gradient; destroy() the engine and compile again, or compile it trainable and freeze it after"
-        )
+    assert all(graph.layout.params[name].trainable for name in have), "laid out as frozen"
     results = zip(graph.results, graph.outputs("forward"), strict=True)
     needed: set[fx.Node] = {n for r, n in results if r.differentiable and isinstance(n, fx.Node)}
     for node in reversed(graph.nodes("forward")):

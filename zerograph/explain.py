@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from zerograph import compat
 from zerograph.errors import CaptureError
+from zerograph.integrations.transformers import CHANGES
 
 _TORCH = os.path.dirname(torch.__file__)
 
@@ -88,7 +89,7 @@ def explanation(model: nn.Module, error: Exception) -> str:
     reason = lines[0] if lines else type(error).__name__
     why = _said(lines, "Explanation") or [reason]
     hints = [h for h in _said(lines, "Hint") if not any(u in h for u in _UNHELPFUL)]
-    known = [change for phrase, change in _CHANGES if phrase.lower() in text.lower()]
+    known = [change for phrase, change in (*CHANGES, *_CHANGES) if phrase.lower() in text.lower()]
     change = (known + hints + ["rewrite it with tensor operations, or move it out of the forward"])[
         0
     ]

@@ -20,23 +20,37 @@ from zerograph import compat
 _LOCK = "_hook_installation_lock"
 
 
-CHANGES = (
+_CHANGES = (
     (
         "labels.max() >= self.config.vocab_size",
         "call the model without `labels`, and compute torch.nn.functional.ctc_loss from its logits",
     ),
     (
-        "_active_collector.reset(output_token)",
-        "if its experts are a Python loop over those that have tokens (switch_transformers, nllb_moe), take "
-        "a family whose experts are one tensor (mixtral, olmoe, qwen3_moe, ...); otherwise see what the "
-        "forward raises inside",
-    ),
-    (
         "_split_into_blocks(attention_mask",
         "give the model an `attention_mask` (of ones): it makes none while it is compiled",
     ),
+    (
+        "position_bias.requires_grad = True",
+        "call the model's gradient_checkpointing_disable(); with it this family (t5, mt5, longt5, udop, ...) "
+        "asks for the gradient of a tensor inside the forward",
+    ),
 )
 """A phrase in what dynamo says of a model of transformers, and what to change."""
+
+
+def changes(model: nn.Module, said: str) -> list[str]:
+    """What to change in a model of transformers of whose capture dynamo said `said`."""
+    looped = any(
+        isinstance(module, nn.ModuleDict) and type(module).__name__.endswith("Experts")
+        for module in model.modules()
+    )
+    found = [change for phrase, change in _CHANGES if phrase in said]
+    if looped and not found:
+        found.append(
+            "its experts are a Python loop over those that have tokens, which depends on the data; take a "
+            "family whose experts are one tensor (mixtral, olmoe, qwen3_moe, deepseek_v3, gpt_oss, ...)"
+        )
+    return found
 
 
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> compat.Captured:

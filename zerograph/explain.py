@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from zerograph import compat
 from zerograph.errors import CaptureError
+from zerograph.integrations.transformers import changes
 
 _TORCH = os.path.dirname(torch.__file__)
 
@@ -65,6 +66,7 @@ def _own_exception(
             ("torch._subclasses", "torch._dynamo", "torch.fx")
         )
         unreal |= _raised_in_torch(error) and not _met_an_exception(captured)
+        unreal |= "_apply(): Couldn't swap" in str(error)  # Module.to() of fake parameters
         return None if unreal else error
     return None
 
@@ -89,6 +91,7 @@ def explanation(model: nn.Module, error: Exception) -> str:
     why = _said(lines, "Explanation") or [reason]
     hints = [h for h in _said(lines, "Hint") if not any(u in h for u in _UNHELPFUL)]
     known = [change for phrase, change in _CHANGES if phrase.lower() in text.lower()]
+    known = changes(model, text) + known
     change = (known + hints + ["rewrite it with tensor operations, or move it out of the forward"])[
         0
     ]

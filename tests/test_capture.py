@@ -449,7 +449,7 @@ def test_the_models_own_storage_is_freed_bucket_by_bucket(monkeypatch: pytest.Mo
 
     model = make("llama")
     storages = {n: weakref.ref(p.untyped_storage()) for n, p in model.named_parameters()}
-    store, gone = State._store, []
+    store, gone = State.store, []
 
     def watched(self: State, bucket: Bucket, *rest: Any) -> Any:
         gone.extend(bucket.params)
@@ -457,7 +457,7 @@ def test_the_models_own_storage_is_freed_bucket_by_bucket(monkeypatch: pytest.Mo
         assert sum(ref() is not None for ref in storages.values()) == len(storages) - len(gone)
         return store(self, bucket, *rest)
 
-    monkeypatch.setattr(State, "_store", watched)
+    monkeypatch.setattr(State, "store", watched)
     engine_of(model)
     assert len(gone) == len(storages)
 

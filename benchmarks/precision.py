@@ -1,12 +1,12 @@
 """Loss curves in fp16 and bf16 beside fp32, and beside fully_shard with the same policy.
 
-    python benchmarks/precision.py [--steps 200]
+    python benchmarks/precision.py [--steps 200] [--json FILE]
 
 A Llama of 0.9 million parameters learns the demo's text on two ranks at stage 3, from the same weights
 and batches in every run: fp32, then fp16 and bf16, each here and under fully_shard. In fp16 both start from
 a loss scale of 2^10, which is dynamic here and fixed there. A run's band is how far its curve, in
 means of ten steps, goes from the fp32 one of the same system. Exits 1 if a band of ours is wider than
-fully_shard's by more than `SLACK`. The result goes to results/precision.json.
+fully_shard's by more than `SLACK`.
 """
 
 import argparse
@@ -137,9 +137,19 @@ def band(low: list[float], exact: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(smooth(low), smooth(exact), strict=True))
 
 
+def table(curves: dict[str, Any], bands: dict[str, float]) -> str:
+    lines = ["| run | first loss | last loss | band |", "|---|---|---|---|"]
+    for name, curve in curves.items():
+        smoothed = smooth(curve["losses"])
+        width = f"{bands[name]:.4f}" if name in bands else ""
+        lines.append(f"| {name} | {smoothed[0]:.4f} | {smoothed[-1]:.4f} | {width} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "out.json")
@@ -152,20 +162,17 @@ def main() -> int:
         for precision in DTYPES
         for name in RUNS
     }
-    result = {
-        "machine": machine.describe(),
-        "parameters": sum(p.numel() for p in model().parameters()),
-        "steps": args.steps,
-        "first and last loss": {
-            name: [round(x, 4) for x in (smooth(c["losses"])[0], smooth(c["losses"])[-1])]
-            for name, c in curves.items()
-        },
-        "band": {name: round(value, 5) for name, value in bands.items()},
-        "fp16": {k: v for k, v in curves["zerograph fp16"].items() if k != "losses"},
-        "curves": {name: [round(x, 4) for x in smooth(c["losses"])] for name, c in curves.items()},
-    }
-    print(json.dumps({k: v for k, v in result.items() if k != "curves"}, indent=2))
-    (HERE / "results" / "precision.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(table(curves, bands))
+    if args.json:
+        result = {
+            "machine": machine.describe(),
+            "parameters": sum(p.numel() for p in model().parameters()),
+            "steps": args.steps,
+            "band": {name: round(value, 5) for name, value in bands.items()},
+            "fp16": {k: v for k, v in curves["zerograph fp16"].items() if k != "losses"},
+            "curves": {n: [round(x, 4) for x in smooth(c["losses"])] for n, c in curves.items()},
+        }
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
     wide = [p for p in DTYPES if bands[f"zerograph {p}"] > bands[f"fully_shard {p}"] + SLACK]
     return 1 if wide else 0
 

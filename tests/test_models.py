@@ -50,11 +50,9 @@ TABLE_ONLY = {
 PAIRS = [
     "modernbert",
     "gemma3_text",
-    "bart",
     "swin",
     "llava",
     "deepseek_v3",
-    "qwen3_moe with router loss",
     "peft lora",
 ]
 

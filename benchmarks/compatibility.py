@@ -142,13 +142,13 @@ def passed(row: dict[str, Any]) -> bool:
 
 
 def _reason(text: str) -> str:
-    """The first line of the error itself, out of the ranks' tracebacks."""
-    lines = text.splitlines()
+    """The first line of the first rank's error, and what to change, out of the ranks' tracebacks."""
+    lines = text.partition("\nrank 1:")[0].splitlines()
     errors = [i for i, line in enumerate(lines) if line[:1].strip() and "Error: " in line]
     if not errors:
         return lines[-1].strip()
-    first = lines[errors[0]].partition("Error: ")[2]
-    changes = [line.partition("change:")[2] for line in lines[errors[0] :] if "change:" in line]
+    first = lines[errors[-1]].partition("Error: ")[2]
+    changes = [line.partition("change:")[2] for line in lines[errors[-1] :] if "change:" in line]
     return f"{first}; change:{changes[0]}" if changes else first
 
 

@@ -10,9 +10,7 @@ Nothing here touches a real tensor or a rank. Models on the meta device are trac
 of a named device, never as meta: on meta the backward of some losses is lost without a word.
 """
 
-import re
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -21,11 +19,14 @@ import torch
 from torch import fx, nn
 
 from zerograph import compat, ir
+from zerograph.effects import Reads, reads_of, refuse_lost_writes
 from zerograph.errors import CaptureError
 from zerograph.explain import explained
+from zerograph.fakes import fake_inputs, fake_state, substituted
 from zerograph.integrations import transformers
 from zerograph.ir import Gradient, Result, Role, TrainGraph
 from zerograph.layout import Layout
+from zerograph.origins import require_gradients, write_origins
 from zerograph.precision import Precision
 from zerograph.sizes import Sizes
 from zerograph.symbols import compute_sizes, symbols_of
@@ -46,6 +47,8 @@ class Trace:
     sources: tuple[tuple[str, int | str], ...]
     """Where each tensor of the return value comes from: ("result", index), ("input", index into the
     call's tensors) or ("buffer", FQN)."""
+    reads: Reads
+    """The Python values that the forward read, for which alone the graph is right."""
 
 
 def trace(
@@ -67,9 +70,9 @@ def trace(
     mode = compat.new_fake_mode()
     grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     with torch.inference_mode(False), torch.set_grad_enabled(grad):
-        params, buffers = _fake_state(model, layout, mode, device)
+        params, buffers = fake_state(model, layout, mode, device)
         tensors, rebuild_call = dissect((args, kwargs))
-        fakes = _fake_inputs([tensor for _, tensor in tensors], precision, mode, device)
+        fakes = fake_inputs([tensor for _, tensor in tensors], precision, mode, device)
         for index, dim in dynamic:
             compat.mark_dynamic(fakes[index], dim)
         fake_args, fake_kwargs = rebuild_call(fakes)
@@ -79,6 +82,7 @@ def trace(
             captured = transformers.capture(model, fake_args, fake_kwargs)
             returned, rebuild = dissect(captured.rebuilt)
             joint = compat.export_joint(captured)
+    refuse_lost_writes(model, captured.effects)
     paths = [call_path(path, model, len(args)) for path, _ in tensors]
     sizes = symbols_of(captured, fakes, paths) if dynamic else Sizes()
     names = _Names(
@@ -163,12 +167,13 @@ def _trace_of(
         training=bool(differentiable),
         sizes=sizes,
     )
-    _write_origins(graph)
+    write_origins(graph)
     compute_sizes(graph, captured)
-    _require_gradients(graph, model)
+    require_gradients(graph, model)
     position = {path: index for index, path in reversed(list(enumerate(names.paths)))}
     order = tuple(position[ir.role_of(node).name] for node in graph.placeholders("input"))
-    return Trace(graph, order, constants, rebuild, tuple(sources))
+    reads = reads_of(model, captured.effects)
+    return Trace(graph, order, constants, rebuild, tuple(sources), reads)
 
 
 def _source(
@@ -224,128 +229,6 @@ def _sections(
                 backward.append(node)
     found.sort(key=lambda pair: pair[0].kind != "output")
     return [r for r, _ in found], gradients, [n for _, n in found], backward
-
-
-def _write_origins(graph: TrainGraph) -> None:
-    """Give every node its region and module, and keep forward nodes before backward ones."""
-    after_tangent: set[fx.Node] = set(graph.placeholders("tangent"))
-    for node in graph.nodes():
-        tagged = node.meta.get("partitioner_tag") == "is_backward"
-        derived = any(source in after_tangent for source in node.all_input_nodes)
-        if derived or (tagged and graph.training):
-            after_tangent.add(node)
-        node.meta["region"] = "backward" if node in after_tangent else "forward"
-        node.meta["module"] = _module_name(node)
-    for result in graph.outputs("forward"):
-        if isinstance(result, fx.Node) and result.op == "call_function":
-            assert ir.region_of(result) == "forward", f"{result} is an output of the forward"
-    for node in graph.nodes("backward"):
-        graph.output.prepend(node)
-
-
-def _module_name(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
-    last = next(reversed(list(stack.values())), None)
-    if last is None:
-        return ""
-    path = re.sub(r"^L\[['\"][^\]]*['\"]\]", "", str(last[0]))  # the name of forward's own `self`
-    path = re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", path)
-    parts = [p for p in path.split(".") if p and p != "_modules"]
-    return ".".join(parts)
-
-
-def _require_gradients(graph: TrainGraph, model: nn.Module) -> None:
-    """A trainable parameter that a differentiable output depends on must have a gradient."""
-    if not graph.training:
-        return
-    have = {gradient.name for gradient in graph.gradients if gradient.kind == "param"}
-    assert all(graph.layout.params[name].trainable for name in have), "laid out as frozen"
-    results = zip(graph.results, graph.outputs("forward"), strict=True)
-    needed: set[fx.Node] = {n for r, n in results if r.differentiable and isinstance(n, fx.Node)}
-    for node in reversed(graph.nodes("forward")):
-        if node in needed and _may_carry_gradient(node):
-            needed.update(node.all_input_nodes)
-    for node in graph.placeholders("param"):
-        name = ir.role_of(node).name
-        if node in needed and _requires_grad(model, name) and name not in have:
-            raise CaptureError(
-                f"parameter {name} is trainable and the forward's result depends on it, but no "
-                "gradient reaches it; if that is meant (a no_grad() region), call "
-                "requires_grad_(False) on it or detach() it where it is used"
-            )
-
-
-def _may_carry_gradient(node: fx.Node) -> bool:
-    target: Any = node.target
-    if target in (torch.ops.aten.detach.default, torch.ops.aten.sign.default):
-        return False
-    value = node.meta.get("val")
-    return any(ir.map_tensors(value, lambda t: t.dtype.is_floating_point or t.dtype.is_complex))
-
-
-# Fake stand-ins
-
-
-def _fake_state(
-    model: nn.Module, layout: Layout, mode: compat.FakeTensorMode, device: torch.device
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Fake parameters (in the dtypes of the layout; tied names share one) and buffers, by FQN."""
-    params: dict[str, torch.Tensor] = {}
-    for param in layout.params.values():
-        with mode:
-            value = torch.empty_strided(param.shape, param.stride, dtype=param.dtype, device=device)
-        fake = nn.Parameter(value, requires_grad=_requires_grad(model, param.name))
-        params.update(dict.fromkeys((param.name, *param.tied), fake))
-    buffers: dict[str, torch.Tensor] = {}
-    seen: dict[int, torch.Tensor] = {}
-    for name, buffer in model.named_buffers(remove_duplicate=False):
-        if id(buffer) not in seen:
-            seen[id(buffer)] = _fake_like(buffer, buffer.dtype, mode, device)
-        buffers[name] = seen[id(buffer)]
-    return params, buffers
-
-
-def _requires_grad(model: nn.Module, name: str) -> bool:
-    return model.get_parameter(name).requires_grad
-
-
-def _fake_like(
-    tensor: torch.Tensor, dtype: torch.dtype, mode: compat.FakeTensorMode, device: torch.device
-) -> torch.Tensor:
-    with mode:
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=device)
-
-
-def _fake_inputs(
-    tensors: list[torch.Tensor],
-    precision: Precision,
-    mode: compat.FakeTensorMode,
-    device: torch.device,
-) -> list[torch.Tensor]:
-    """Fake inputs; arguments that are the same tensor stay the same."""
-    made: dict[int, torch.Tensor] = {}
-    for tensor in tensors:
-        if id(tensor) not in made:
-            fake = _fake_like(tensor, precision.input(tensor.dtype), mode, device)
-            made[id(tensor)] = fake.requires_grad_(tensor.requires_grad)
-    return [made[id(tensor)] for tensor in tensors]
-
-
-@contextmanager
-def substituted(model: nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
-    """The model with the named parameters and buffers replaced; they are put back at the end."""
-    replaced: list[tuple[dict[str, Any], str, Any]] = []
-    try:
-        for name, tensor in tensors.items():
-            owner, _, key = name.rpartition(".")
-            module = model.get_submodule(owner)
-            table = module._parameters if key in module._parameters else module._buffers
-            replaced.append((table, key, table[key]))
-            table[key] = tensor  # type: ignore[assignment]
-        yield
-    finally:
-        for table, key, original in reversed(replaced):
-            table[key] = original
 
 
 def call_path(path: str, model: nn.Module, positional: int) -> str:

@@ -42,6 +42,9 @@ class Entry:
     used: int = 0
 
     def fits(self, call: Call) -> bool:
+        return self._fits_sizes(call) and self.compiled.traced.reads.hold(call.module)
+
+    def _fits_sizes(self, call: Call) -> bool:
         if not self.dynamic:
             return call.shapes == self.shapes
         if any(True for _ in self._differing(call)):
@@ -50,7 +53,7 @@ class Entry:
         return sizes.hold(sizes.values(call.tensors))
 
     def obstacles(self, call: Call) -> list[str]:
-        """Why the program does not fit `call`, of its kind: other sizes, or else broken guards."""
+        """Why it does not fit `call`, of its kind: other sizes, or broken guards, or other values."""
         differing = [
             f"{call.path(index)}.size({dim}) is {call.shapes[index][dim]} "
             f"(was {self.shapes[index][dim]})"
@@ -58,7 +61,8 @@ class Entry:
         ]
         sizes = self.compiled.traced.graph.sizes
         broken = sizes.broken(sizes.values(call.tensors))
-        return differing or [f"an earlier program is for {guard}" for guard in broken]
+        assumed = [f"an earlier program is for {guard}" for guard in broken]
+        return differing or assumed or self.compiled.traced.reads.changed(call.module)
 
     def _differing(self, call: Call) -> Iterator[tuple[int, int]]:
         """Dims whose sizes are others than the program's and not free."""

@@ -1,0 +1,90 @@
+"""Every private torch interface that zerograph uses, in one package.
+
+Seen working on torch 2.11, 2.12 and 2.13. What a later torch renames is mended here and nowhere
+else:
+
+    torch._dynamo.functional_export: dynamo_graph_capture_for_export,  2.11 - 2.13
+        _compiling_state_context, fullgraph_capture                     2.13
+    torch._functorch.aot_autograd.aot_export_joint_with_descriptors    2.11 - 2.13
+    torch._functorch._aot_autograd.descriptors                         2.11 - 2.13
+    torch._subclasses.fake_tensor.FakeTensorMode                       2.11 - 2.13
+    torch._dynamo.config (names below)                                 2.11 - 2.13
+    torch.distributed.distributed_c10d._get_default_store              2.11 - 2.13
+    ctx.maybe_clear_saved_tensors of autograd functions                2.11 - 2.13
+    torch._dynamo.maybe_mark_dynamic, TracingContext.tensor_to_context 2.13
+    ShapeEnv: guards, var_to_sources, create_symintnode; SymInt.node   2.13
+    torch.utils._sympy: interp, printers, reference                    2.13
+    torch.optim.Optimizer: _opt_called, step._wrapped_by_lr_sched,     2.11 - 2.13
+        the hook tables
+"""
+
+from torch._dynamo.exc import TorchDynamoException as DynamoError
+from torch._dynamo.exc import Unsupported
+from torch._functorch._aot_autograd.descriptors import (
+    GradAOTOutput,
+    InputMutationAOTOutput,
+    PlainAOTInput,
+    PlainAOTOutput,
+    TangentAOTInput,
+)
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from zerograph.compat.capture import Captured, capture, export_joint, new_fake_mode, user_frames
+from zerograph.compat.effects import Effects, Read, Write
+from zerograph.compat.runtime import (
+    clear_saved,
+    default_store,
+    has_step_hooks,
+    mark_stepped,
+    mark_tracked,
+    optimizer_hooks,
+)
+from zerograph.compat.symbols import (
+    SYMBOLIC,
+    exact,
+    function_of,
+    guards_of,
+    hint,
+    insert_expression,
+    mark_dynamic,
+    new_size,
+    show,
+    sizes_of,
+    symbol_of,
+)
+
+__all__ = [
+    "SYMBOLIC",
+    "Captured",
+    "DynamoError",
+    "Effects",
+    "FakeTensorMode",
+    "GradAOTOutput",
+    "InputMutationAOTOutput",
+    "PlainAOTInput",
+    "PlainAOTOutput",
+    "Read",
+    "TangentAOTInput",
+    "Unsupported",
+    "Write",
+    "capture",
+    "clear_saved",
+    "default_store",
+    "exact",
+    "export_joint",
+    "function_of",
+    "guards_of",
+    "has_step_hooks",
+    "hint",
+    "insert_expression",
+    "mark_dynamic",
+    "mark_stepped",
+    "mark_tracked",
+    "new_fake_mode",
+    "new_size",
+    "optimizer_hooks",
+    "show",
+    "sizes_of",
+    "symbol_of",
+    "user_frames",
+]

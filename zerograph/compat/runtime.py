@@ -1,0 +1,43 @@
+"""What runs beside the graph: autograd nodes, torch's optimizers, the process group's store."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def clear_saved(ctx: Any) -> None:
+    """Let go of an autograd node's saved tensors inside its backward (unless the graph is kept)."""
+    clear: Callable[[], None] | None = getattr(ctx, "maybe_clear_saved_tensors", None)
+    if clear is not None:
+        clear()
+
+
+def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
+    """What torch's schedulers look at before they warn of a step() before the optimizer's."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def mark_tracked(step: Callable[..., Any]) -> None:
+    """Tell torch's schedulers that this replacement of an optimizer's step() is known to them."""
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
+
+def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the user registered a hook on the optimizer's step()."""
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+
+
+def optimizer_hooks() -> set[str]:
+    """Names of the attributes in which a torch optimizer keeps its hooks."""
+    when = ("step_pre", "step_post", "state_dict_pre", "state_dict_post")
+    return {
+        f"_optimizer_{name}_hooks"
+        for name in (*when, "load_state_dict_pre", "load_state_dict_post")
+    }
+
+
+def default_store() -> Any:
+    """The key-value store of the default process group."""
+    return dist.distributed_c10d._get_default_store()

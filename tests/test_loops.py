@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,7 +80,7 @@ def test_evaluation_between_steps_and_within_an_accumulation(mode: Any) -> None:
     same(engine, model)
 
 
-def test_outputs_of_inference_mode_may_be_used_in_training() -> None:
+def test_outputs_of_no_grad_may_be_used_in_training() -> None:
     engine, model = pair(blocks)
     with torch.no_grad():
         target = engine(**batches(1)[0])["logits"]
@@ -278,6 +279,178 @@ def test_bf16_masters_move_with_an_unfrozen_parameter() -> None:
     assert not differing(engine.state_dict(), before)
 
 
+# Gathered weights
+
+
+def test_gathered_within_gathered() -> None:
+    """The inner block leaves to the outer one what that shows; each keeps its changes."""
+    engine, model = pair(blocks)
+    head, first = engine.module.head, engine.module.blocks[0].linear
+    with zerograph.gathered(engine), torch.no_grad():
+        with zerograph.gathered(head.weight):
+            head.weight.add_(1.0)
+        assert not head.weight.isnan().any(), "the inner block took the value away"
+        first.weight.mul_(2.0)
+    with torch.no_grad():
+        model.head.weight.add_(1.0)
+        model.blocks[0].linear.weight.mul_(2.0)
+    same(engine, model)
+    with zerograph.gathered(head.bias), torch.no_grad():  # of one bucket with head.weight
+        with zerograph.gathered(head.weight):
+            head.weight.add_(1.0)
+        head.bias.add_(1.0)
+    with torch.no_grad():
+        model.head.weight.add_(1.0)
+        model.head.bias.add_(1.0)
+    same(engine, model)
+
+
+def _modified_within(rank: int, world: int) -> dict[str, Any]:
+    engine, _ = pair(blocks)
+    weight = engine.module.head.weight
+    with zerograph.gathered(engine), zerograph.gathered(weight, modifier_rank=1), torch.no_grad():
+        weight.fill_(float(rank))
+    return engine.state_dict()
+
+
+def test_an_inner_block_may_take_one_ranks_values() -> None:
+    for state in run_ranks(2, _modified_within):
+        assert (state["head.weight"] == 1.0).all()
+
+
+def test_a_block_that_raises_changes_nothing() -> None:
+    engine, model = pair(blocks)
+    with pytest.raises(ZeroDivisionError), zerograph.gathered(engine), torch.no_grad():
+        engine.module.head.weight.fill_(9.0)
+        raise ZeroDivisionError
+    assert engine.module.head.weight.isnan().all()
+    same(engine, model)
+    with pytest.raises(PlanError, match="must keep"), zerograph.gathered(engine):
+        engine.module.head.weight.data = torch.ones(3)
+    assert engine.module.head.weight.shape == (8, 8)
+    same(engine, model)
+
+
+def test_what_would_be_undone_is_refused_within_gathered() -> None:
+    engine, _ = pair(blocks)
+    engine.backward(engine(**batches(1)[0])["loss"])
+    state = engine.state_dict()
+    with zerograph.gathered(engine):
+        for what in (engine.step, engine.destroy, lambda: engine.load_state_dict(state)):
+            with pytest.raises(PlanError, match=r"within zerograph\.gathered; leave the `with`"):
+                what()
+    engine.step()
+    assert differing(engine.state_dict(), state)
+
+
+# Order
+
+
+def test_a_backward_after_the_parameters_changed_is_refused() -> None:
+    engine, _ = pair(blocks)
+    early, late = (engine(**batch)["loss"] for batch in batches(2))
+    engine.backward(early)
+    engine.step()
+    with pytest.raises(PlanError, match=r"changed .* between this forward and its backward"):
+        engine.backward(late)
+    late = engine(**batches(1)[0])["loss"]
+    with zerograph.gathered(engine):
+        engine.module.head.weight.norm()  # looking changes nothing
+    engine.backward(late)
+    late = engine(**batches(1)[0])["loss"]
+    with zerograph.gathered(engine), torch.no_grad():
+        engine.module.head.weight.mul_(2.0)
+    with pytest.raises(PlanError, match=r"changed .* between this forward and its backward"):
+        engine.backward(late)
+
+
+def test_unfreezing_between_a_forward_and_its_backward() -> None:
+    torch.manual_seed(0)
+    model = blocks()
+    phases(model, ("head",))
+    engine = zerograph.compile(model, config())
+    loss = engine(**batches(1)[0])["loss"]
+    phases(model, ("head", "blocks"))
+    with pytest.raises(PlanError, match="was unfrozen between a forward and its backward"):
+        engine(**batches(1)[0])
+    engine.backward(loss)
+    engine.step()
+    engine(**batches(1)[0])
+
+
+def test_unfreezing_what_was_given_to_no_group() -> None:
+    torch.manual_seed(0)
+    model = blocks()
+    phases(model, ("head",))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    engine = zerograph.compile(model, config_for(0), optimizer=optimizer)
+    phases(model, ("head", "blocks"))
+    for _ in range(2):
+        with pytest.raises(
+            PlanError, match=r"blocks\.0\.norm\.weight was unfrozen and is in no par"
+        ):
+            engine(**batches(1)[0])
+    phases(model, ("head",))
+    engine(**batches(1)[0])
+
+
+def test_states_saved_after_unfreezing_load_by_parameter() -> None:
+    """The group's order is the layout's, whenever a parameter joined it."""
+    torch.manual_seed(0)
+    model = blocks()
+    phases(model, ("head", "blocks.1"))
+    engine = zerograph.compile(model, config(0))
+    for trained in (("head", "blocks.1"), ("head", "blocks")):
+        phases(model, trained)
+        engine.backward(engine(**batches(1)[0])["loss"])
+        engine.step()
+    values, states = engine.state_dict(), engine.optimizer.state_dict()
+    torch.manual_seed(1)
+    other = blocks()
+    phases(other, ("head", "blocks"))
+    resumed = zerograph.compile(other, config(0))
+    resumed.load_state_dict(values)
+    resumed.optimizer.load_state_dict(states)
+    for each in (engine, resumed):
+        each.backward(each(**batches(2)[1])["loss"])
+        each.step()
+    assert not differing(engine.state_dict(), resumed.state_dict())
+
+
+# Ownership
+
+
+def test_a_part_of_a_compiled_model_belongs_to_its_engine() -> None:
+    model = blocks()
+    engine = zerograph.compile(model, config())
+    for other in (model, model.head, nn.Sequential(model)):
+        with pytest.raises(PlanError, match=r"belongs to an engine already \(of Blocks\)"):
+            zerograph.compile(other, config())
+    engine.destroy()
+    zerograph.compile(nn.Sequential(model), config())
+
+
+def test_a_copy_of_a_compiled_model_belongs_to_nobody(tmp_path: Path) -> None:
+    engine, model = pair(blocks)
+    with zerograph.gathered(engine):
+        copied = copy.deepcopy(engine.module)
+        torch.save(engine.module, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    for each in (copied, loaded):
+        same(zerograph.compile(each, config()), model)
+    assert (tmp_path / "model.pt").stat().st_size < 100_000, "the engine's state was saved as well"
+
+
+def test_after_destroy_nothing_but_destroying_is_left() -> None:
+    engine, _ = pair(blocks)
+    engine.destroy()
+    for use in (engine.gradients, engine.state_dict, engine.destroy, engine.step):
+        with pytest.raises(PlanError, match="destroyed"):
+            use()
+    with pytest.raises(PlanError, match="destroyed"), zerograph.gathered(engine):
+        pass
+
+
 # Misuse
 
 
@@ -308,6 +481,9 @@ def test_a_loss_that_needs_no_gradient() -> None:
         engine.backward(engine(**batches(1)[0])["logits"])
     with pytest.raises(PlanError, match="got float"):
         engine.backward(1.0)  # type: ignore[arg-type]
+    frozen = zerograph.compile(blocks().requires_grad_(False), config())
+    with pytest.raises(PlanError, match="no parameter of the model is trainable"):
+        frozen.backward(frozen(**batches(1)[0])["loss"])
 
 
 def test_a_batch_without_values() -> None:

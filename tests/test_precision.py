@@ -362,8 +362,10 @@ def test_weights_are_given_where_and_only_where_the_config_says_so() -> None:
     loss = engine(**tiny.batch())["loss"]
     with pytest.raises(PlanError, match=r"got no weight=.*weighted_accumulation is true"):
         engine.backward(loss)
-    with pytest.raises(PlanError, match="finite and at least 0, got -1"):
+    with pytest.raises(PlanError, match=r"at least 0 and finite in .*, got -1"):
         engine.backward(loss, weight=-1.0)
+    with pytest.raises(PlanError, match="must be a number, got 'many'"):
+        engine.backward(loss, weight="many")  # type: ignore[arg-type]
     plain = zerograph.compile(tiny.Blocks(), config_for(0))
     with pytest.raises(PlanError, match=r"got a weight=.*weighted_accumulation is false"):
         plain.backward(plain(**tiny.batch())["loss"], weight=2.0)
@@ -374,10 +376,35 @@ def test_a_backward_without_the_engine_has_no_weight() -> None:
         tiny.Blocks(), {**config_for(0), "compile": {"weighted_accumulation": True}}
     )
     engine(**tiny.batch())["loss"].backward()
-    with pytest.raises(
-        PlanError, match=r"engine\.backward\(loss, weight=\.\.\.\), not loss\.backw"
-    ):
+    with pytest.raises(PlanError, match=r"1 backwards and 0 weights .*weight=\.\.\.\) every time"):
         engine.step()
+    engine.backward(engine(**tiny.batch())["loss"], weight=3.0)
+    with pytest.raises(PlanError, match="2 backwards and 1 weights"):
+        engine.step()
+
+
+def test_a_weight_counts_as_it_was_applied() -> None:
+    """In a bf16 loss 1001 is 1000: then it is 1000 in the divisor as well."""
+    given = {"compile": {"weighted_accumulation": True}, "bf16": {"enabled": True}}
+    engine = zerograph.compile(tiny.Blocks(dropout=0.0), {**config_for(0), **given})
+    inputs = tiny.batch()
+    found = []
+    for weight in (1000.0, 1001.0):
+        engine.backward(engine(**inputs)["loss"], weight=weight)
+        found.append({n: g for n, g in engine.gradients().items() if g is not None})
+        engine.zero_grad()
+    assert not differing(found[1], found[0])
+    assert not engine._updates.weights
+
+
+def test_a_weight_that_overflows_the_loss_is_refused() -> None:
+    given = {"compile": {"weighted_accumulation": True}, "fp16": {"enabled": True}}
+    engine = zerograph.compile(tiny.Blocks(), {**config_for(0), **given})
+    loss = engine(**tiny.batch())["loss"]
+    with pytest.raises(
+        PlanError, match=r"finite in the loss's dtype \(torch\.float16\), got 70000"
+    ):
+        engine.backward(loss, weight=70000)
 
 
 def test_weights_that_sum_to_zero_skip_the_step() -> None:

@@ -7,7 +7,7 @@ from torch import nn
 
 from zerograph.engine import Engine
 from zerograph.errors import PlanError
-from zerograph.runtime import values
+from zerograph.runtime.shown import shown
 from zerograph.runtime.state import State
 
 
@@ -19,20 +19,23 @@ def gathered(
 
     `what` is an engine (all its parameters), a parameter, or several of one or more engines. Every rank
     enters, and makes the same changes, unless `modifier_rank` names the rank whose values are taken.
+    Blocks may be nested. If the block raises, its changes are dropped. `engine.step()` and loading are
+    refused within.
 
         with zerograph.gathered(engine):
             print(engine.module.lm_head.weight.norm())
     """
     if isinstance(what, Engine):
         state = what.state
-        with values.gathered(state, set(state.layout.params), modifier_rank):
+        what.require_alive()
+        with shown(state, set(state.layout.params), modifier_rank):
             yield
         return
     chosen = [what] if isinstance(what, nn.Parameter) else list(what)
     by_state = _by_state(chosen)
     with ExitStack() as stack:
         for state, names in by_state:
-            stack.enter_context(values.gathered(state, names, modifier_rank))
+            stack.enter_context(shown(state, names, modifier_rank))
         yield
 
 

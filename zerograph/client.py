@@ -94,8 +94,15 @@ def _instance(given: Given, model: nn.Module, param_groups: Iterable[Any] | None
                 "has groups already, so leave param_groups out"
             )
         return given
+    if not callable(given):
+        raise PlanError(
+            f"optimizer={given!r} is neither a torch.optim.Optimizer nor a class or function that makes "
+            "one; an optimizer by name goes into the config's `optimizer` section"
+        )
     named = getattr(given, "__name__", type(given).__name__)
     trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise PlanError(f"optimizer={named}: no parameter of {type(model).__name__} is trainable")
     try:
         made = given(trainable if param_groups is None else param_groups)
     except TypeError as error:

@@ -38,7 +38,8 @@ from zerograph.runtime.place import place
 from zerograph.runtime.programs import Dims, Programs
 from zerograph.runtime.relayout import relay
 from zerograph.runtime.run import Compiled, Runner
-from zerograph.runtime.state import State
+from zerograph.runtime.shown import require_hidden
+from zerograph.runtime.state import State, require_unowned
 from zerograph.runtime.updates import Updates
 from zerograph.runtime.world import World, current_world
 from zerograph.template import dissect
@@ -80,10 +81,7 @@ class Engine:
         param_groups: Sequence[Mapping[str, Any]] | None = None,
         optimizer: Given | None = None,
     ) -> None:
-        if getattr(model, "_zerograph_engine", None) is not None:
-            raise PlanError(
-                f"{type(model).__name__} belongs to an engine already; call its destroy() first"
-            )
+        require_unowned(model)
         self.module = model
         self.config = config
         self.world = world
@@ -106,7 +104,6 @@ class Engine:
         )
         states = spec.states if spec else ()
         self.state = State.take_over(model, layout, precision, stage, world, states)
-        object.__setattr__(model, "_zerograph_engine", True)
         self.optimizer: ShardedOptimizer | None = (
             optimizer_on(spec.rule, spec.groups, self.state, client) if spec else None
         )
@@ -123,7 +120,7 @@ class Engine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's forward; what comes back is what the model itself returns."""
-        self._require_alive()
+        self.require_alive()
         self._heed_parameters()
         tensors, rebuild = dissect((args, kwargs))
         placed = place(tensors, self.world.device, self.state.precision)
@@ -144,30 +141,33 @@ class Engine:
         """
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             what = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            mend = "take it from the engine's outputs outside torch.no_grad()"
+            if not any(self._parameters.trained):
+                mend = "no parameter of the model is trainable, so call requires_grad_() on some"
             raise PlanError(
-                f"engine.backward needs a scalar loss that requires grad, got {what}; take it from "
-                "the engine's outputs outside torch.no_grad()"
+                f"engine.backward needs a scalar loss that requires grad, got {what}; {mend}"
             )
-        self._updates.check_weight(weight)
-        gradient = None if weight is None else torch.full_like(loss, weight)
+        gradient = self._updates.gradient_of(loss, weight)
         loss.backward(gradient, retain_graph)  # type: ignore[no-untyped-call]
-        if weight is not None:
-            self._updates.weights.append(float(weight))
+        if gradient is not None:
+            self._updates.weights.append(gradient.item())
         return loss
 
     def step(self) -> None:
         """At the boundary of gradient accumulation: reduce, clip, update. Otherwise only count."""
-        self._require_alive()
+        self.require_alive()
         if self.optimizer is None:
             raise PlanError(
                 'engine.step() needs an optimizer; give compile(optimizer=...), or add {"optimizer": '
                 '{"type": "AdamW", "params": {"lr": 1e-3}}} to the config'
             )
-        if self.is_gradient_accumulation_boundary():
-            applied = self._updates.apply()
-            if self.lr_scheduler is not None and applied:
-                self.lr_scheduler.step()
+        require_hidden(self.state, "engine.step()")
+        boundary = self.is_gradient_accumulation_boundary()
+        if boundary:
+            self._updates.require_ready()
         self.micro_steps += 1
+        if boundary and self._updates.apply() and self.lr_scheduler is not None:
+            self.lr_scheduler.step()
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the next `step()` updates parameters."""
@@ -197,7 +197,7 @@ class Engine:
         return self._updates.applied
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients kept since the last update."""
+        """Drop the gradients kept since the last update; the boundary of accumulation stays."""
         self._updates.drop()
 
     def train(self, mode: bool = True) -> "Engine":
@@ -243,6 +243,7 @@ class Engine:
         Loss scale and weights are divided out, in the dtype that gradients are kept in. None for a
         parameter that received none on this rank since the last update.
         """
+        self.require_alive()
         return values.gradients(self.state, self._updates.used, self._updates.divisor())
 
     # Values
@@ -253,28 +254,29 @@ class Engine:
         Names are the model's own, tied ones and persistent buffers (rank 0's) included. With
         `rank0_only` the other ranks answer an empty dict.
         """
-        self._require_alive()
+        self.require_alive()
         return values.state_dict(self.state, rank0_only)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
         """Take parameters and buffers from a full state dict; call it on all ranks with the same."""
-        self._require_alive()
+        self.require_alive()
+        require_hidden(self.state, "engine.load_state_dict()")
         values.load_state_dict(self.state, state_dict, strict)
 
     def destroy(self) -> nn.Module:
         """Give the model its full parameters back, on all ranks, and end the engine. Answers it."""
-        self._require_alive()
+        self.require_alive()
+        require_hidden(self.state, "engine.destroy()")
         values.give_back(self.state)
-        self._programs.clear()
-        self.state.storages.clear()
         if self.optimizer is not None:
             self.optimizer.release()
-        object.__delattr__(self.module, "_zerograph_engine")
+        self._programs.clear()
+        self.state.storages.clear()
         return self.module
 
     # Inside
 
-    def _require_alive(self) -> None:
+    def require_alive(self) -> None:
         if not self.state.storages and self.state.layout.buckets:
             raise PlanError("this engine was destroyed; compile the model again")
 
@@ -285,13 +287,21 @@ class Engine:
             return
         changed = self._parameters.changes(now, self._updates.pending)
         _log.info("%s: the step is traced again", changed)
-        self._parameters = now
         frozen = (p.name for p in self.state.layout.params.values() if not p.trainable)
-        if any(self.state.parameters[name].requires_grad for name in frozen):
-            self._relay()
+        thawed = [name for name in frozen if self.state.parameters[name].requires_grad]
+        if thawed:
+            self._relay(thawed)
+        self._parameters = now
 
-    def _relay(self) -> None:
+    def _relay(self, thawed: list[str]) -> None:
         """Give parameters that were frozen at compile a place for gradients and states."""
+        require_hidden(self.state, f"{thawed[0]} was unfrozen")
+        if self._programs.waiting():
+            raise PlanError(
+                f"parameter {thawed[0]} was unfrozen between a forward and its backward; unfreeze it "
+                "before the forward, or after the backward"
+            )
+        self._require_groups(thawed)
         trained = {p.name for p in self.state.layout.params.values() if p.trainable}
         size, precision = self.world.size, self.state.precision
         layout = layout_of(self.module, size, precision, self._param_groups, trained)
@@ -306,6 +316,21 @@ class Engine:
             self.optimizer.relaid()
         self._programs.clear()
         self._plan = self._updates.chosen = None
+
+    def _require_groups(self, thawed: list[str]) -> None:
+        """An unfrozen parameter must have been given an optimizer group at compile, if any were."""
+        if self._param_groups is None:
+            return
+        given = {
+            p if isinstance(p, str) else id(p) for g in self._param_groups for p in g["params"]
+        }
+        for name in thawed:
+            if not given & {name, id(self.state.parameters[name])}:
+                raise PlanError(
+                    f"parameter {name} was unfrozen and is in no parameter group; give every parameter "
+                    "that is ever trained to the groups (or the optimizer) when you compile: frozen "
+                    "ones may be in them"
+                )
 
     def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Dims) -> Compiled:
         traced = trace(

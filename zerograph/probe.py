@@ -65,7 +65,7 @@ def like(optimizer: Optimizer, groups: Sequence[Group]) -> Optimizer:
     return made
 
 
-REFUSED = ("step", "add_param_group", "load_state_dict")
+REFUSED = ("step", "add_param_group", "state_dict", "load_state_dict")
 """Methods that an engine's optimizer, and the user's instance behind it, refuse."""
 
 

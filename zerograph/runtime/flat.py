@@ -37,6 +37,16 @@ class FlatOptimizer(ShardedOptimizer):
             if held := before.get(self._parameter(param)):
                 self._load(param, {**held, **self._views(param)})
 
+    def _all_beside(self) -> list[dict[str, Any]]:
+        """From whichever rank has a piece of the parameter."""
+        mine = [self._beside(param) for param in self._trainable]
+        ranks = self._state.world.gather_objects(mine)
+        return [next((beside for beside in found if beside), {}) for found in zip(*ranks)]
+
+    def _beside(self, param: Param) -> dict[str, Any]:
+        views = self._views(param)
+        return {k: v for k, v in self._held(param).items() if k not in views}
+
     def require_relayable(self) -> None:
         """Refuse: what the class keeps beside its flat states has no place in another layout."""
         raise PlanError(
@@ -46,7 +56,7 @@ class FlatOptimizer(ShardedOptimizer):
         )
 
     def _new_piece(self, param: Param) -> nn.Parameter:
-        low, high = self.piece(param)
+        low, high = self._state.piece(param)
         master = self._state.storages[param.bucket].master
         assert master is not None
         return nn.Parameter(master[low:high])
@@ -111,7 +121,7 @@ class FlatOptimizer(ShardedOptimizer):
         params = self._layout.bucket_params(bucket)
         given = [p for p in params if flags[self._index[p.name]] and self._pieces[p.name].numel()]
         for param in given:
-            start, stop = self.piece(param)
+            start, stop = self._state.piece(param)
             own = grad[start:stop].to(master.dtype)
             self._pieces[param.name].grad = own if factor is None else own * factor
         self._take_options(bucket)

@@ -64,9 +64,31 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return self._state.parameters[param.name]
 
     def release(self) -> None:
-        """Give the user's instance its own methods back."""
-        for name in REFUSED if self._client is not None else ():
-            vars(self._client.instance).pop(name, None)  # type: ignore[union-attr]
+        """Give the user's instance its own methods back, and its states in full; on all ranks."""
+        if self._client is None:
+            return
+        instance = self._client.instance
+        for name in REFUSED:
+            vars(instance).pop(name, None)
+        full = self._full_states()
+        for param, beside in zip(self._trainable, self._all_beside()):
+            if beside:
+                instance.state[self._parameter(param)] = {**beside, **full[param.name]}
+
+    def _full_states(self) -> dict[str, dict[str, Tensor]]:
+        """By parameter and state, tensors of the parameter's shape and dtype."""
+        full: dict[str, dict[str, Tensor]] = {p.name: {} for p in self._trainable}
+        for bucket in self._layout.trainable_buckets():
+            for name, own in self._state.storages[bucket.name].states.items():
+                flat = own if self._state.stage == 0 else self._state.world.all_gather(own)
+                for param in self._layout.bucket_params(bucket.name):
+                    view = self._state.view(flat, param).to(param.model_dtype)
+                    full[param.name][name] = view.clone(memory_format=torch.preserve_format)
+        return full
+
+    def _all_beside(self) -> list[dict[str, Any]]:
+        """What torch keeps beside the flat states, for each trainable parameter; empty before a step."""
+        return [{"step": torch.tensor(float(step))} if step else {} for step in self._steps]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: the groups decide the flat layout, which is fixed."""
@@ -94,6 +116,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for param in self._trainable:
             if id(parameter := self._parameter(param)) not in listed:
                 self.param_groups[param.group]["params"].append(parameter)
+        if self._client is None:  # the groups are ours: a state dict's order is the layout's
+            order = {id(self._parameter(p)): index for index, p in enumerate(self._trainable)}
+            for group in self.param_groups:
+                group["params"].sort(key=lambda parameter: order[id(parameter)])
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Refused: gradients are in the engine's buckets, not in `.grad`."""
@@ -118,16 +144,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return {"step": step, **self._views(param)}
 
     def _views(self, param: Param) -> dict[str, Tensor]:
-        low, high = self.piece(param)
+        low, high = self._state.piece(param)
         states = self._state.storages[param.bucket].states
         return {name: flat[low:high] for name, flat in states.items()}
-
-    def piece(self, param: Param) -> tuple[int, int]:
-        """(start, stop) of a parameter's elements in this rank's slice of its bucket, padding left out."""
-        size = self._state.storages[param.bucket].shard.numel()
-        begin = size * self._state.world.rank if self._state.stage else 0
-        low = min(max(param.offset - begin, 0), size)
-        return low, max(low, min(param.offset + param.numel - begin, size))
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
@@ -241,6 +260,7 @@ def _refusal(kind: str, name: str) -> Callable[..., None]:
     instead = {
         "step": "call engine.step(), which applies it; its own step() has no gradients",
         "add_param_group": "give all parameter groups before zerograph.compile, which lays them out",
+        "state_dict": "call engine.optimizer.state_dict(), since the engine holds the states",
         "load_state_dict": "call engine.optimizer.load_state_dict(), since the engine holds the states",
     }[name]
 

@@ -37,7 +37,8 @@ class Parameters:
             name, what = (frozen or thawed)[0], "frozen" if frozen else "unfrozen"
             raise PlanError(
                 f"parameter {name} was {what} in the middle of an accumulation; change requires_grad "
-                "right after engine.step() at a boundary, or drop the gradients with engine.zero_grad()"
+                "right after engine.step() at a boundary, or drop the gradients with engine.zero_grad() (the "
+                "boundary stays where it was)"
             )
         said = []
         for what, changed in (("frozen", frozen), ("unfrozen", thawed)):

@@ -9,6 +9,7 @@ they were added, so that a static one serves its own sizes. A forward that canno
 symbols gets a static program for each of its shapes.
 """
 
+import gc
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
@@ -108,6 +109,11 @@ class Programs:
 
     def clear(self) -> None:
         self.kinds.clear()
+
+    def waiting(self) -> bool:
+        """Whether a backward of some program is outstanding."""
+        gc.collect()  # an output in a reference cycle may be gone already
+        return any(e.compiled.waiting for kind in self.kinds.values() for e in kind.entries)
 
     def find(self, call: Call, make: Make) -> Compiled:
         """The program for `call`; `make` captures it if there is none."""

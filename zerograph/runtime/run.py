@@ -190,6 +190,7 @@ class _Step(torch.autograd.Function):
     ) -> tuple[Any, ...]:
         results, saved = runner.forward(compiled, sizes, inputs)
         ctx.runner, ctx.compiled, ctx.sizes = runner, compiled, sizes
+        ctx.version = runner.state.version
         named = dict(zip(compiled.forward.saved, saved, strict=True))
         tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
         ctx.save_for_backward(*tensors.values())
@@ -208,6 +209,11 @@ class _Step(torch.autograd.Function):
             raise ZerographError(
                 "backward(create_graph=True) is not supported: the captured backward is not itself "
                 "differentiable; compute the first gradient with the original model"
+            )
+        if ctx.version != ctx.runner.state.version:
+            raise PlanError(
+                "the parameters were changed (engine.step(), loading, gathered) between this forward and "
+                "its backward, whose gradients would be those of neither; call the engine again"
             )
         compiled: Compiled = ctx.compiled
         graph = compiled.plan.graph

@@ -11,7 +11,7 @@ Per bucket, by stage:
 In fp32 the master is the parameter's own storage. ZeRO, arXiv:1910.02054, figure 1.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -52,6 +52,10 @@ class State:
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     scale: Tensor | None = None
     """The loss scale, fp32 []; None where the loss is not scaled."""
+    shown: set[str] = field(default_factory=set)
+    """Parameters that hold their full values at the moment (runtime/shown.py)."""
+    version: int = 0
+    """Counts the changes of parameters, so that a backward notices one since its forward."""
 
     @classmethod
     def take_over(
@@ -79,6 +83,9 @@ class State:
             state.storages[bucket.name] = state.store(bucket, master, states)
         _move_buffers(module, world)
         return state
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return _nobody, ()
 
     # Reading
 
@@ -124,15 +131,28 @@ class State:
 
     # Writing
 
-    def write(self, bucket: Bucket, flat: Tensor) -> None:
-        """Take new values [numel], the same on all ranks, for a whole bucket."""
+    def write(self, bucket: Bucket, flat: Tensor, params: Iterable[Param]) -> None:
+        """Take the values of these parameters from `flat` [numel], the same on all ranks."""
         storage = self.storages[bucket.name]
-        if storage.master is not None:
-            storage.master.copy_(self.own(flat))
-        if storage.full is not None:
-            storage.full.copy_(flat)
-        elif storage.shard is not storage.master:
-            storage.shard.copy_(self.own(flat))
+        targets = [(storage.master, self.own(flat)), (storage.shard, self.own(flat))]
+        for param in params:
+            low, high = self.piece(param)
+            pairs = [(t[low:high], new[low:high]) for t, new in targets if t is not None]
+            if storage.full is not None:
+                whole = slice(param.offset, param.offset + param.numel)
+                pairs.append((storage.full[whole], flat[whole]))
+            for target, new in pairs:
+                new = new.to(target.dtype)
+                if not torch.equal(target, new):
+                    target.copy_(new)
+                    self.version += 1
+
+    def piece(self, param: Param) -> tuple[int, int]:
+        """(start, stop) of a parameter's elements in this rank's slice of its bucket, padding left out."""
+        size = self.storages[param.bucket].shard.numel()
+        begin = size * self.world.rank if self.stage else 0
+        low = min(max(param.offset - begin, 0), size)
+        return low, max(low, min(param.offset + param.numel - begin, size))
 
     def drop_gradients(self) -> None:
         for storage in self.storages.values():
@@ -181,6 +201,22 @@ class State:
             storage.master = shard if same else self.own(values).clone()
             storage.states = {name: torch.zeros_like(storage.master) for name in states}
         return storage
+
+
+def require_unowned(module: nn.Module) -> None:
+    """Raise PlanError if an engine has a parameter of `module`: its values are elsewhere."""
+    for name, parameter in module.named_parameters():
+        owner = getattr(parameter, "_zerograph_state", None)
+        if owner is not None:
+            raise PlanError(
+                f"parameter {name} of {type(module).__name__} belongs to an engine already (of "
+                f"{type(owner.module).__name__}), which has its values; destroy() that engine first, or "
+                "train both parts in one model"
+            )
+
+
+def _nobody() -> None:
+    """What a State is in a copy or a pickle of its model: these belong to no engine."""
 
 
 def clear(parameter: nn.Parameter, param: Param) -> None:

@@ -38,6 +38,8 @@ class Updates:
     applied: bool = False
     """Whether the last update changed anything."""
     scaler: LossScaler | None = None
+    backwards: int = 0
+    """Backwards since the last update."""
     used: set[str] = field(default_factory=set)
     """Parameters that received a gradient on this rank since the last update."""
     weights: list[float] = field(default_factory=list)
@@ -73,11 +75,15 @@ class Updates:
 
     def received(self, plan: Plan) -> None:
         """A backward of `plan` has run."""
+        self.backwards += 1
         trainable = (p.name for p in plan.graph.layout.params.values() if p.trainable)
         self.used.update(set(trainable) - set(plan.graph.unused))
 
-    def check_weight(self, weight: float | None) -> None:
-        """Raise PlanError unless a weight is given where, and only where, the config asks for one."""
+    def gradient_of(self, loss: Tensor, weight: float | None) -> Tensor | None:
+        """The weight as the gradient that `loss` starts from, in its dtype; None without weights.
+
+        Raises PlanError unless a weight is given where, and only where, the config asks for one.
+        """
         if self.config.compile.weighted_accumulation == (weight is None):
             given = "no weight=" if weight is None else "a weight="
             state = "true" if weight is None else "false"
@@ -85,14 +91,23 @@ class Updates:
                 f"engine.backward got {given}, and compile.weighted_accumulation is {state} in the "
                 "config; give a weight with every backward if it is true, and none otherwise"
             )
-        if weight is not None and not (math.isfinite(weight) and weight >= 0):
+        if weight is None:
+            return None
+        try:
+            gradient = torch.full_like(loss, float(weight))
+        except (TypeError, ValueError, RuntimeError):
+            raise PlanError(f"weight of engine.backward must be a number, got {weight!r}") from None
+        if not (math.isfinite(gradient.item()) and weight >= 0):
             raise PlanError(
-                f"weight of engine.backward must be finite and at least 0, got {weight}"
+                "weight of engine.backward must be at least 0 and finite in the loss's dtype "
+                f"({loss.dtype}), got {weight}; divide all weights by one number if they are too large"
             )
+        return gradient
 
     def drop(self) -> None:
         """Forget the gradients kept since the last update."""
         self.state.drop_gradients()
+        self.backwards = 0
         self.used.clear()
         self.weights.clear()
 
@@ -106,20 +121,31 @@ class Updates:
 
     # The step
 
-    @torch.no_grad()
-    def apply(self) -> bool:
-        """Update the parameters; answers whether they were, or the step was skipped."""
+    def require_ready(self) -> None:
+        """Raise PlanError if there is nothing to apply, or backwards and weights do not match."""
         if self.chosen is None:
             raise PlanError("engine.step() before any forward with gradients; nothing to apply")
         for storage in self.state.storages.values():
             if storage.kept is None and storage.bucket.trainable:
                 raise PlanError("engine.step() before any backward since the last update")
+        if self.config.compile.weighted_accumulation and len(self.weights) != self.backwards:
+            raise PlanError(
+                f"{self.backwards} backwards and {len(self.weights)} weights since the last update: with "
+                "compile.weighted_accumulation call engine.backward(loss, weight=...) every time, not "
+                "loss.backward()"
+            )
+
+    @torch.no_grad()
+    def apply(self) -> bool:
+        """Update the parameters; answers whether they were, or the step was skipped."""
+        assert self.chosen is not None
         program = self.chosen[1]
         inputs = [self._input(role.kind, role) for role in program.inputs]
         self.drop()
         (norm,) = program.module(inputs)
         self.norm = float(norm)
         self.applied = math.isfinite(self.norm) or not _may_skip(program)
+        self.state.version += self.applied
         self._take_note()
         return self.applied
 
@@ -146,11 +172,6 @@ class Updates:
             self.state.scale = self.scaler.tensor(self.state.world.device)
 
     def _total_weight(self) -> Tensor:
-        if not self.weights:
-            raise PlanError(
-                "engine.step() without a weight: with compile.weighted_accumulation call "
-                "engine.backward(loss, weight=...), not loss.backward()"
-            )
         device = self.state.world.device
         return torch.tensor(sum(self.weights), dtype=torch.float64, device=device)
 

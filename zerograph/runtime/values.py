@@ -1,68 +1,13 @@
-"""Access to full values: gathered parameters, state dicts, gradients. Each call is for all ranks."""
+"""Full values as dicts: state dicts, gradients; and back to the model. Each call is for all ranks."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zerograph.errors import PlanError
-from zerograph.runtime.state import State, clear, named_buffers
-
-
-@contextmanager
-def gathered(state: State, names: set[str], modifier_rank: int | None = None) -> Iterator[None]:
-    """The named parameters with their full values in the module; changes are kept at the end.
-
-    Every rank must make the same changes, unless `modifier_rank` names the one whose values are taken.
-    """
-    buckets = [b for b in state.layout.buckets.values() if names & set(b.params)]
-    flats = {bucket.name: state.full_values(bucket) for bucket in buckets}
-    shown: dict[str, Tensor] = {}
-    for bucket in buckets:
-        for param in state.layout.bucket_params(bucket.name):
-            if param.name in names:
-                view = state.view(flats[bucket.name], param)
-                value = view.to(param.model_dtype)
-                parameter = state.parameters[param.name]
-                shown[param.name] = value.clone() if value is not view else value
-                with torch.no_grad():
-                    parameter.data = value.to(parameter.device)
-    try:
-        yield
-    finally:
-        for bucket in buckets:
-            _write_back(state, bucket.name, flats[bucket.name], shown, modifier_rank)
-        for name in names:
-            clear(state.parameters[name], state.layout.params[name])
-
-
-@torch.no_grad()
-def _write_back(
-    state: State, bucket: str, flat: Tensor, shown: Mapping[str, Tensor], modifier: int | None
-) -> None:
-    for param in state.layout.bucket_params(bucket):
-        if param.name not in shown:
-            continue
-        now = state.parameters[param.name].detach()
-        if tuple(now.shape) != param.shape:
-            raise PlanError(
-                f"{param.name} was given shape {list(now.shape)} inside gathered(); it must keep "
-                f"{list(param.shape)}"
-            )
-        view = state.view(flat, param)
-        if now.data_ptr() == view.data_ptr() and now.dtype == view.dtype:
-            continue
-        now = now.to(view.device)
-        if now.dtype == view.dtype:
-            view.copy_(now)
-        else:  # shown in a lower precision than it is kept in: take what was changed alone
-            changed = now != shown[param.name].to(now.device)
-            view.copy_(torch.where(changed, now.to(view.dtype), view))
-    if modifier is not None:
-        state.world.broadcast(flat, modifier)
-    state.write(state.layout.buckets[bucket], flat)
+from zerograph.runtime.state import State, named_buffers
 
 
 def gradients(state: State, used: set[str], divisor: float) -> dict[str, Tensor | None]:
@@ -136,7 +81,7 @@ def load_state_dict(state: State, given: Mapping[str, Any], strict: bool) -> Non
             flat = state.full_values(bucket)
             for param in present:
                 state.view(flat, param).copy_(incoming[param.name])
-            state.write(bucket, flat)
+            state.write(bucket, flat, present)
 
 
 def _check(own: Mapping[str, Any], given: Mapping[str, Any], strict: bool) -> None:

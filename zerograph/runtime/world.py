@@ -4,6 +4,7 @@ import atexit
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,14 @@ class World:
         ops.all_gather_into_tensor_out(shard.contiguous(), self.size, self.group_name, out=full)
         gathered: torch.Tensor = ops.wait_tensor(full)
         return gathered
+
+    def gather_objects(self, mine: Any) -> list[Any]:
+        """Everyone's object, in rank order."""
+        found: list[Any] = [mine]
+        if self.size > 1:
+            found = [None] * self.size
+            dist.all_gather_object(found, mine, group=self.group)
+        return found
 
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
         """The mean of `tensor` over ranks, in place."""

@@ -239,8 +239,30 @@ def test_the_instance_belongs_to_the_engine_until_destroy() -> None:
         own.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
     with pytest.raises(PlanError, match="cannot be added after"):
         engine.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    with pytest.raises(PlanError, match=r"AdamW\.state_dict: .*engine\.optimizer\.state_dict\(\)"):
+        own.state_dict()
     engine.destroy()
     train_eagerly(model, own)
+
+
+def test_after_destroy_the_instance_has_its_state() -> None:
+    """Train in eager, in an engine, in eager and in a second engine: torch's numbers throughout."""
+    for make in (*RULED.values(), *FLAT.values()):
+        ours, model = mlp(), mlp()
+        own, reference = make(groups(ours)), make(groups(model))
+        for _ in range(2):
+            train_eagerly(ours, own, 2)
+            engine = zerograph.compile(ours, OPT_IN, optimizer=own)
+            train(engine, 2)
+            engine.destroy()
+            for _ in range(2):
+                train_eagerly(model, reference, 2)
+        for left, right in zip(ours.parameters(), model.parameters(), strict=True):
+            assert torch.equal(left, right), type(own).__name__
+            held, expected = own.state[left], reference.state[right]
+            assert set(expected) <= {*held, "step"} and set(held) <= {*expected, "step"}
+            for name, value in expected.items():
+                assert not isinstance(value, Tensor) or torch.equal(held[name], value), name
 
 
 def test_the_client_optimizer_wins_over_the_config() -> None:
@@ -434,7 +456,7 @@ def _pieces(
     for param in engine.state.layout.params.values():
         whole = reference.state[model.get_parameter(param.name)]
         entry = engine.optimizer.state[engine.module.get_parameter(param.name)]
-        low, high = engine.optimizer.piece(param)
+        low, high = engine.state.piece(param)
         size = engine.state.layout.buckets[param.bucket].shard_numel
         begin = (size * rank if engine.state.stage else 0) - param.offset + low
         for key, view in entry.items():
@@ -482,6 +504,28 @@ def _taken(rank: int, world: int) -> Any:
     storage = next(iter(low.state.storages.values()))
     kept = torch.equal(storage.shard, storage.master.bfloat16())
     return differing(engine.state_dict(), model.state_dict()), dtypes, kept
+
+
+def _given_back(rank: int, world: int) -> list[str]:
+    """After destroy() every rank's instance has the full states."""
+    wrong = []
+    for name in ("adamw", "RMSprop", "NAdam"):
+        make = (RULED | FLAT)[name]
+        ours, model = mlp(), mlp()
+        own, reference = make(groups(ours)), make(groups(model))
+        config = {**OPT_IN, "zero_optimization": {"stage": 3}}
+        engine = zerograph.compile(ours, config, optimizer=own)
+        train(engine, 2)
+        engine.destroy()
+        train_eagerly(ours, own, 2)
+        train_eagerly(model, reference, 2)
+        train_eagerly(model, reference, 2)
+        wrong += [f"{name}: {d}" for d in differing(ours.state_dict(), model.state_dict())]
+    return wrong
+
+
+def test_every_rank_gets_the_full_states_back() -> None:
+    assert run_ranks(2, _given_back) == [[], []]
 
 
 def test_states_are_taken_over_from_rank_0() -> None:

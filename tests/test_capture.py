@@ -396,6 +396,23 @@ def test_a_trainable_parameter_that_gets_no_gradient_is_an_error() -> None:
         engine_of(Silent())(x())
 
 
+def test_a_mapping_that_cannot_be_captured_says_how_to_pass_it() -> None:
+    from transformers import BatchEncoding
+
+    class Takes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, batch: Any) -> torch.Tensor:
+            return self.linear(batch["x"]).sum()
+
+    engine, batch = engine_of(Takes()), BatchEncoding({"x": torch.ones(2, 4)})
+    with pytest.raises(CaptureError, match=r"engine\(\*\*batch\), or engine\(dict\(batch\)\)"):
+        engine(batch)
+    engine(dict(batch))
+
+
 def test_two_engines_do_not_disturb_each_other() -> None:
     models = [Net(), make("convnet")]
     eager = [copy.deepcopy(m) for m in models]

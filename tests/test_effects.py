@@ -134,6 +134,9 @@ def test_the_warning_names_the_value() -> None:
     engine.module.layers[1].tau = 0.25
     with pytest.warns(ProgramWarning, match=r"layers\.1\.tau is 0\.25 \(was 0\.33"):
         engine(x)
+    engine.module.layers[1].mask = torch.ones(4)
+    with pytest.warns(ProgramWarning, match=r"layers\.1\.mask is another tensor"):
+        engine(x)
 
 
 def test_a_value_and_a_length_may_both_change() -> None:

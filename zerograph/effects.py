@@ -27,7 +27,7 @@ _FACTS = {
     "DICT_KEYS_MATCH": "tuple({})",
     "EMPTY_NN_MODULE_HOOKS_DICT": "tuple({})",
     "TYPE_MATCH": "type({})",
-    "TENSOR_MATCH": "id({})",
+    "TENSOR_MATCH": "_Same({})",
 }
 """What is compared of a value, by the kind of its guard."""
 _ELSEWHERE = ("G['__builtins", "G['__import_torch", "G['__import_transformers")
@@ -59,9 +59,9 @@ class Reads:
         try:
             now = self.read(model)
         except _GONE:
-            return ["something that the forward read is gone"]
+            return ["a submodule or attribute that the forward read is gone"]
         pairs = zip(self.names, self.values, now)
-        return [f"{n} is {_short(b)} (was {_short(a)})" for n, a, b in pairs if a != b]
+        return [_difference(name, was, value) for name, was, value in pairs if was != value]
 
 
 def reads_of(model: nn.Module, effects: compat.Effects) -> Reads:
@@ -164,7 +164,7 @@ def _function(
         answers.append(fact.replace(source, name))
     body = "\n".join(lines)
     code = f"def read(module):\n{body}\n  return ({''.join(a + ', ' for a in answers)})"
-    scope: dict[str, Any] = {"G": effects.globals}
+    scope: dict[str, Any] = {"G": effects.globals, "_Same": _Same}
     exec(code, scope)
     made: Callable[[nn.Module], tuple[Any, ...]] = scope["read"]
     return made
@@ -175,6 +175,24 @@ def _spoken(source: str, own: str) -> str:
     text = re.sub(r"\.__dict__\['([^']*)'\]", r".\1", source.removeprefix(f"L['{own}']"))
     text = re.sub(r"\.?_modules\['([^']*)'\]", r".\1", re.sub(r"^G\['([^']*)'\]", r"\1", text))
     return text.lstrip(".")
+
+
+class _Same:
+    """A tensor, equal to itself alone."""
+
+    def __init__(self, tensor: Any) -> None:
+        self.tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.tensor is self.tensor
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _difference(name: str, was: Any, value: Any) -> str:
+    if isinstance(value, _Same):
+        return f"{name} is another tensor"
+    return f"{name} is {_short(value)} (was {_short(was)})"
 
 
 def _short(value: Any) -> str:

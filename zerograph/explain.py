@@ -22,6 +22,10 @@ _CHANGES = (
     ("item()", "keep the value a tensor; `.item()` needs the data, which a graph does not have"),
     ("builtin `print`", "print what the forward returns, after the call"),
     ("graph_break", "remove the break, or move what needs it out of the forward"),
+    (
+        "pytree-flattenable",
+        "pass plain containers: engine(**batch), or engine(dict(batch)) if the forward takes one mapping",
+    ),
     ("nonzero", "use a mask of fixed shape (torch.where, multiplication) instead of selecting"),
     ("dynamic shape operator", "use a mask of fixed shape instead of selecting by a condition"),
 )

@@ -1,0 +1,100 @@
+"""Checks of buckets and collectives: gathers, releases, waits, and the bound on what is gathered."""
+
+from collections.abc import Iterator
+from typing import cast
+
+from torch import fx
+
+from zerograph import ops
+from zerograph.cost import peak_gathered
+from zerograph.ir import TrainGraph, is_call, region_of, role_of, view_root
+from zerograph.passes.release import users_of_aliases
+from zerograph.verify.common import bucket_of, say, source_of
+
+
+def params_lie_in_their_bucket(graph: TrainGraph) -> Iterator[str]:
+    for node in graph.placeholders("param"):
+        yield f"{role_of(node).name} is still a whole parameter"
+    for node in graph.nodes():
+        if is_call(node, ops.param):
+            param = graph.layout.params[cast(str, node.args[1])]
+            place = (param.offset, list(param.shape), list(param.stride))
+            if (node.args[2], list(node.args[3]), list(node.args[4])) != place:  # type: ignore[arg-type]
+                yield f"{param.name} is read from another place than its own in {param.bucket}"
+            root = view_root(node)
+            source = root.args[1] if is_call(root, ops.gather) else role_of(root).name
+            if source != param.bucket:
+                yield f"{param.name} is read from {source}, but lies in {param.bucket}"
+
+
+def params_are_gathered(graph: TrainGraph) -> Iterator[str]:
+    """At stage 3 a parameter is a view of a waited gather."""
+    for node in graph.nodes():
+        if graph.stage < 3 or not is_call(node, ops.param):
+            continue
+        full = cast(fx.Node, node.args[0])
+        if not is_call(full, ops.wait):
+            what = "a pending gather" if is_call(full, ops.gather) else "a shard"
+            yield f"{node.args[1]} in the {region_of(node)} is read from {what}"
+
+
+def collectives_are_waited_for(graph: TrainGraph) -> Iterator[str]:
+    for node in graph.nodes():
+        if is_call(node, *ops.COLLECTIVES):
+            waits = [user for user in node.users if is_call(user, ops.wait)]
+            if len(waits) != 1:
+                yield f"{say(node)} has {len(waits)} waits, not one"
+            elif region_of(waits[0]) != region_of(node):
+                yield f"{say(node)} is waited for in the {region_of(waits[0])}"
+            for user in node.users:
+                if user not in waits:
+                    what = "the output" if user.op == "output" else user.name
+                    yield f"{what} uses {say(node)} without waiting for it"
+            if graph.world != _world_of(node):
+                yield f"{say(node)} is for {_world_of(node)} ranks, not {graph.world}"
+        if is_call(node, ops.wait) and not is_call(cast(fx.Node, node.args[0]), *ops.COLLECTIVES):
+            yield f"{node.name} waits for what was never started"
+
+
+def _world_of(node: fx.Node) -> int:
+    return cast(int, node.args[-1])
+
+
+def gathers_are_released(graph: TrainGraph) -> Iterator[str]:
+    for node in graph.nodes():
+        if not is_call(node, ops.gather):
+            continue
+        full = next((u for u in node.users if is_call(u, ops.wait)), node)
+        releases = [user for user in full.users if is_call(user, ops.release)]
+        if len(releases) != 1:
+            yield f"{say(node)} has {len(releases)} releases, not one"
+            continue
+        if region_of(releases[0]) != region_of(node):
+            yield f"{say(node)} is released in another region"
+        for user in users_of_aliases(full):
+            if releases[0] < user:
+                yield f"{user.name} reads bucket {node.args[1]} after its release"
+
+
+def bound_holds(graph: TrainGraph) -> Iterator[str]:
+    bound = graph.notes.get("max_live")
+    peak = peak_gathered(graph)
+    if bound is not None and peak > bound:
+        yield f"{peak:,} gathered elements are alive at once, more than the bound of {bound:,}"
+
+
+def buckets_stay_apart(graph: TrainGraph) -> Iterator[str]:
+    """What moves, keeps or updates a bucket works on that bucket's storage and gradients alone."""
+    for node in graph.nodes():
+        if bucket := bucket_of(node):
+            for source in map(source_of, node.all_input_nodes):
+                if source.op == "placeholder":
+                    own = role_of(source).name.partition("/")[0]
+                    other = own if role_of(source).kind in _STORAGES else None
+                else:
+                    other = bucket_of(source)
+                if other not in (None, bucket):
+                    yield f"{say(node)} works on {source.name} of bucket {other}"
+
+
+_STORAGES = ("full", "shard", "kept", "master", "state")

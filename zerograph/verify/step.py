@@ -1,0 +1,91 @@
+"""Checks of the step: every bucket updated once, from its mean gradient, by one factor."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import cast
+
+from torch import fx
+
+from zerograph import ops
+from zerograph.ir import TrainGraph, is_call
+from zerograph.verify.common import bucket_of, say, source_of
+
+
+def updated_once(graph: TrainGraph) -> Iterator[str]:
+    if not graph.training or "optimizer" not in graph.notes:
+        return
+    step = graph.nodes("step")
+    trained = [b.name for b in graph.layout.trainable_buckets()]
+    updates = {bucket_of(n): n for n in step if is_call(n, ops.update)}
+    refreshes = {bucket_of(n): n for n in step if is_call(n, ops.refresh)}
+    counts = Counter((n.target, bucket_of(n)) for n in graph.nodes())
+    reduced = Counter(bucket_of(n) for n in step if is_call(n, ops.all_reduce, ops.reduce_scatter))
+    due_reductions, due_refreshes = int(graph.stage < 2), int(graph.stage in (1, 2))
+    for bucket in dict.fromkeys([*trained, *updates, *refreshes]):
+        times = counts[ops.update, bucket]
+        if times != 1 or bucket not in trained or bucket not in updates:
+            yield f"bucket {bucket} is updated {times} times in the step, not once"
+        if reduced[bucket] != due_reductions:
+            yield f"bucket {bucket} is reduced {reduced[bucket]} times in the step"
+        if (times := counts[ops.refresh, bucket]) != due_refreshes:
+            yield f"bucket {bucket} is refreshed {times} times at stage {graph.stage}"
+        elif due_refreshes and refreshes[bucket] < updates[bucket]:
+            yield f"bucket {bucket} is refreshed before its update"
+
+
+def updates_agree(graph: TrainGraph) -> Iterator[str]:
+    """Every update takes its bucket's mean gradient, and the same flags, factor and skip."""
+    mean = {0: ops.all_reduce, 1: ops.reduce_scatter}.get(graph.stage, ops.accumulate)
+    updates = [n for n in graph.nodes("step") if is_call(n, ops.update)]
+    for node in updates:
+        grad, used, factor, finite = (cast(fx.Node, node.args[i]) for i in (1, 5, 6, 7))
+        if not is_call(source_of(grad), mean):
+            yield f"{say(node)} takes {grad.name}, which is not the mean over ranks"
+        if factor is not updates[0].args[6] or finite is not updates[0].args[7]:
+            yield f"{say(node)} takes another factor or skip than {say(updates[0])}"
+        if graph.unused and not is_call(source_of(used), ops.any_rank):
+            yield f"{say(node)} does not know which parameters other ranks used"
+    for node in updates[:1]:
+        yield from _factor_is_whole(graph, node)
+
+
+def _factor_is_whole(graph: TrainGraph, update: fx.Node) -> Iterator[str]:
+    """Clipping, scale and weights are in the factor, the latter two also in the norm that is clipped."""
+    clips = {n for n in graph.nodes("step") if is_call(n, ops.clip)}
+    norms = {n for n in graph.nodes("step") if is_call(n, ops.grad_norm)}
+    factor, finite = update.args[6], update.args[7]
+    if clips and not _derives(factor, clips, norms):
+        yield f"the factor of {say(update)} leaves out the clipping"
+    for what in ("scale", "weight"):
+        source = set(graph.placeholders(what))
+        if source and not _derives(factor, source, norms | clips):
+            yield f"the factor of {say(update)} leaves out the {what}"
+        if source and any(not _derives(clip, source, norms) for clip in clips):
+            yield f"the clipping leaves out the {what}"
+    if graph.precision.skips and not _derives(finite, norms, set()):
+        yield f"{say(update)} is not skipped when the norm is not finite"
+
+
+def _derives(value: object, sources: set[fx.Node], not_through: set[fx.Node]) -> bool:
+    """Whether `value` is one of `sources`, or is computed from one past the nodes `not_through`."""
+    stack, seen = [value], set()
+    while stack:
+        node = stack.pop()
+        if node in sources:
+            return True
+        if isinstance(node, fx.Node) and node not in seen and node not in not_through:
+            seen.add(node)
+            stack += node.all_input_nodes
+    return False
+
+
+def norm_covers_all(graph: TrainGraph) -> Iterator[str]:
+    updates = [n for n in graph.nodes("step") if is_call(n, ops.update)]
+    for node in graph.nodes("step"):
+        if is_call(node, ops.norm_partials):
+            grads = Counter(cast(list[fx.Node], node.args[0]))
+            if grads != Counter(n.args[1] for n in updates):
+                yield f"{node.name} does not cover the gradients that are applied"
+            for update in updates:
+                if update < node:  # an update may overwrite its gradient
+                    yield f"{say(update)} stands before {node.name}"

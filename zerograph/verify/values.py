@@ -1,0 +1,87 @@
+"""Checks of values: their order, what the backward reads, and whose storage leaves the graph."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from zerograph import ops
+from zerograph.ir import REGIONS, TrainGraph, is_call, region_of, role_of, view_root
+
+
+def regions_in_order(graph: TrainGraph) -> Iterator[str]:
+    reached = 0
+    for node in graph.nodes():
+        index = REGIONS.index(region_of(node))
+        if index < reached:
+            yield f"{node.name} of the {region_of(node)} stands behind a later region"
+        reached = max(reached, index)
+
+
+def values_in_order(graph: TrainGraph) -> Iterator[str]:
+    for node in graph.nodes():
+        for source in node.all_input_nodes:
+            if not source < node:
+                yield f"{node.name} reads {source.name} before it exists"
+
+
+def no_repeated_effects(graph: TrainGraph) -> Iterator[str]:
+    """The backward draws no random numbers of the forward's again."""
+    drawn = Counter(
+        n.meta.get("seq_nr")
+        for n in graph.nodes()
+        if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())
+        and n.meta.get("seq_nr") is not None
+    )
+    for node in graph.nodes("backward"):
+        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if random and drawn[node.meta.get("seq_nr")] > 1:
+            yield f"{node.name} repeats a random operation of the forward"
+
+
+def saved_is_no_parameter(graph: TrainGraph) -> Iterator[str]:
+    kinds = ("param", "full", "shard")
+    for node in graph.nodes("backward"):
+        for source in node.all_input_nodes:
+            crosses = source.op == "call_function" and region_of(source) == "forward"
+            if crosses and _comes_from(source, kinds):
+                yield (
+                    f"{node.name} in the backward reads {source.name}, which the forward made and "
+                    "which keeps a parameter's storage alive"
+                )
+
+
+def results_are_no_parameter(graph: TrainGraph) -> Iterator[str]:
+    for section in ("forward", "saved", "backward", "step"):
+        for node in graph.outputs(section):
+            if node is not None and _comes_from(node, ("param", "full", "shard")):
+                yield f"{section} output {node.name} shares storage with a parameter"
+
+
+def old_buffers_are_kept(graph: TrainGraph) -> Iterator[str]:
+    """The backward reads no buffer that the forward has updated by then."""
+    updated = {r.name for r in graph.results if r.kind == "update"}
+    for node in graph.placeholders("buffer"):
+        if role_of(node).name in updated:
+            for user in node.users:
+                if user.op != "output" and region_of(user) == "backward":
+                    yield f"{user.name} reads buffer {role_of(node).name} after its update"
+
+
+def _comes_from(node: fx.Node, kinds: tuple[str, ...]) -> bool:
+    root = view_root(node)
+    if is_call(root, ops.gather):
+        return True
+    return root.op == "placeholder" and role_of(root).kind in kinds
+
+
+def saved_is_complete(graph: TrainGraph) -> Iterator[str]:
+    saved = set(graph.outputs("saved"))
+    kinds = ("buffer", "constant", "input", "size")
+    for node in graph.nodes("backward"):
+        for source in node.all_input_nodes:
+            forward = source.op != "placeholder" and region_of(source) == "forward"
+            outside = source.op == "placeholder" and role_of(source).kind in kinds
+            if (forward or outside) and source not in saved:
+                yield f"{node.name} reads {source.name}, which the forward does not save"

@@ -1,5 +1,5 @@
 # make demo    train a small Llama at ZeRO stage 3 on two processes (STEPS=200, RANKS=2)
-# make test    the tests (TESTS="tests/test_config.py -k batch" for some of them)
+# make test    the tests (TESTS="tests/test_config.py -k batch" for some of them, JOBS=2 at a time)
 # make lint    ruff and mypy
 # make bench   the benchmarks: planning time, one step beside DDP and fully_shard, lengths, precision
 # make clean   remove what these made, the virtual environment included
@@ -11,6 +11,7 @@ PYTHON ?= python3
 STEPS ?= 200
 RANKS ?= 2
 TESTS ?=
+JOBS ?= 2
 
 .DEFAULT_GOAL := help
 SHELL := /bin/sh
@@ -46,7 +47,7 @@ demo: $(INSTALLED)
 		examples/demo.py --steps $(STEPS)
 
 test: $(INSTALLED)
-	$(PY) -m pytest $(TESTS)
+	$(PY) -m pytest -n $(JOBS) --dist worksteal $(TESTS)
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

@@ -16,6 +16,10 @@ from typing import Any
 
 TIMEOUT = 240.0
 
+# What the server imports once, before any rank is forked from it: it only imports, so it has no
+# threads and no process group that a fork could break.
+PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "transformers", "zerograph"]
+
 
 class RankError(Exception):
     """A rank raised; the message holds every failed rank's traceback."""
@@ -28,7 +32,8 @@ def run_ranks(
 
     `function` must be importable (a module-level function); what it returns must pickle.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             context.Process(target=_rank, args=(rank, world, folder, function, args), daemon=True)

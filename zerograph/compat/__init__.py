@@ -3,8 +3,8 @@
 Seen working on torch 2.11, 2.12 and 2.13. What a later torch renames is mended here and nowhere
 else:
 
-    torch._dynamo.functional_export: dynamo_graph_capture_for_export,  2.11 - 2.13
-        _compiling_state_context, fullgraph_capture                     2.13
+    torch._dynamo.functional_export: dynamo_graph_capture_for_export,  2.11 - 2.15
+        _compiling_state_context, fullgraph_capture
     torch._functorch.aot_autograd.aot_export_joint_with_descriptors    2.11 - 2.13
     torch._functorch._aot_autograd.descriptors                         2.11 - 2.13
     torch._subclasses.fake_tensor.FakeTensorMode                       2.11 - 2.13

@@ -1,5 +1,6 @@
 """Capture: dynamo's flat graph of a forward, and AOTAutograd's joint graph of it."""
 
+import builtins
 import contextlib
 import logging
 import warnings
@@ -11,6 +12,7 @@ from unittest import mock
 import torch
 from torch import fx, nn
 from torch._dynamo import functional_export
+from torch._dynamo.variables.torch import tracing_state_functions
 from torch._functorch._aot_autograd.schemas import OutputType
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -47,6 +49,8 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     with _dynamo_settings(), _not_exporting(), recorded() as effects, _quiet_of_effects():
         module = functional_export.dynamo_graph_capture_for_export(model)(*args, **kwargs)
     flatten, unflatten = module._dynamo_bytecode_flatten, module._dynamo_bytecode_unflatten
+    for step in (flatten, unflatten):  # 2.11 looks for builtins among the globals
+        step.f_globals = {**vars(builtins), **step.f_globals}
     fed = flatten(*args, *kwargs.values())
     examples = [_example(node) for node in module.graph.find_nodes(op="placeholder")]
     inputs = [e if isinstance(e, torch.SymInt) else i for i, e in zip(fed, examples, strict=True)]
@@ -113,13 +117,19 @@ def _quiet_of_effects() -> Iterator[None]:
         yield
 
 
-def _not_exporting() -> Any:
+@contextlib.contextmanager
+def _not_exporting() -> Iterator[None]:
     """Let models take the path that they take in training, not the one for `torch.export`.
 
     The capture sets a flag that transformers reads: attention masks would be made that eager leaves
-    out, with other kernels and other bits.
+    out, with other kernels and other bits. Dynamo of 2.11 and 2.12 answers by itself.
     """
-    return mock.patch.object(functional_export, "_compiling_state_context", contextlib.nullcontext)
+    nothing, answers = contextlib.nullcontext, tracing_state_functions()
+    with (
+        mock.patch.object(functional_export, "_compiling_state_context", nothing),
+        mock.patch.dict(answers, {torch.compiler.is_exporting: False}),
+    ):
+        yield
 
 
 @contextlib.contextmanager
@@ -133,6 +143,7 @@ def _dynamo_settings() -> Iterator[None]:
     }
     with (
         _quiet("torch._subclasses.fake_tensor"),
+        _quiet("torch._dynamo.metrics_context"),  # 2.11 cannot log the setting that follows
         config.patch(  # type: ignore[attr-defined]
             assume_static_by_default=True,
             automatic_dynamic_shapes=False,

@@ -11,7 +11,7 @@ from typing import Any
 from unittest import mock
 
 from torch._dynamo import functional_export
-from torch._dynamo.output_graph import OutputGraph
+from torch._dynamo.side_effects import SideEffects
 from torch._dynamo.variables.base import AttributeMutationExisting, ValueMutationExisting
 
 
@@ -48,7 +48,7 @@ def recorded() -> Iterator[Effects]:
     """Within, a capture leaves its effects here."""
     effects = Effects()
     capture = vars(functional_export)["fullgraph_capture"]
-    names = OutputGraph.get_replayed_side_effect_source_refs
+    replay = SideEffects.codegen_save_tempvars
 
     def capturing(*args: Any, **kwargs: Any) -> Any:
         made = capture(*args, **kwargs)
@@ -59,13 +59,13 @@ def recorded() -> Iterator[Effects]:
         effects.reads = list(dict.fromkeys(Read(g.name, g.create_fn_name()) for g in guards))
         return made
 
-    def naming(graph: Any, *args: Any, **kwargs: Any) -> Any:
-        effects.writes = list(_writes(graph.side_effects))
-        return names(graph, *args, **kwargs)
+    def replaying(side_effects: SideEffects, *args: Any, **kwargs: Any) -> Any:
+        effects.writes = list(_writes(side_effects))
+        return replay(side_effects, *args, **kwargs)
 
     with (
         mock.patch.object(functional_export, "fullgraph_capture", capturing),
-        mock.patch.object(OutputGraph, "get_replayed_side_effect_source_refs", naming),
+        mock.patch.object(SideEffects, "codegen_save_tempvars", replaying),
     ):
         yield effects
 

@@ -222,6 +222,25 @@ def module_of(node: fx.Node) -> str:
     return cast(str, node.meta.get("module", ""))
 
 
+def bucket_of(node: fx.Node) -> str:
+    """The bucket that a zero.* node works on; empty for one of several, and for other nodes."""
+    if node.op == "placeholder":
+        return role_of(node).name.partition("/")[0] if role_of(node).kind in _OF_BUCKETS else ""
+    if not ops.is_zero(node.target):
+        return ""
+    if is_call(node, ops.wait, ops.param, ops.put):
+        return bucket_of(cast(fx.Node, node.args[0]))
+    named = dict(zip((a.name for a in _schema(node).arguments), node.args))
+    return str(named.get("bucket", ""))
+
+
+_OF_BUCKETS = ("full", "shard", "kept", "master", "state")
+
+
+def _schema(node: fx.Node) -> torch._C.FunctionSchema:
+    return cast(OpOverload, node.target)._schema
+
+
 def is_call(node: fx.Node, *targets: OpOverload) -> bool:
     return node.op == "call_function" and node.target in targets
 

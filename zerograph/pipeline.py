@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol
 
 from zerograph.errors import PlanError
 from zerograph.ir import TrainGraph, eliminate_dead_code
-from zerograph.text import text
+from zerograph.text import Line, lines
 from zerograph.verify import verify
 
 
@@ -34,9 +34,14 @@ class Record:
 
     name: str
     did: str
-    text: str
+    lines: tuple[Line, ...]
+    skeleton: tuple[Line, ...]
     seconds: float
     check_seconds: float
+
+    @property
+    def text(self) -> str:
+        return "".join(f"{line.text}\n" for line in self.lines)
 
 
 @dataclass
@@ -84,7 +89,9 @@ def run(graph: TrainGraph, passes: Sequence[Pass], *, keep_text: bool = True) ->
 def _record(
     name: str, did: str, graph: TrainGraph, seconds: float, check: float, keep_text: bool
 ) -> Record:
-    return Record(name, did, text(graph, name) if keep_text else "", seconds, check)
+    full = tuple(lines(graph, name)) if keep_text else ()
+    skeleton = tuple(lines(graph, name, skeleton=True)) if keep_text else ()
+    return Record(name, did, full, skeleton, seconds, check)
 
 
 def _check_order(passes: Sequence[Pass]) -> None:

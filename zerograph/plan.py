@@ -23,7 +23,20 @@ from zerograph import pipeline
 from zerograph.client import Client, Given, client_of
 from zerograph.codegen.optimizers import RULES, Kind
 from zerograph.config import ZeroConfig, load_config
-from zerograph.cost import Memory, Traffic, collective_bytes, memory_of, name_of, traffic_of
+from zerograph.cost import (
+    Cluster,
+    Memory,
+    Timeline,
+    Traffic,
+    cluster_of,
+    collective_bytes,
+    memory_of,
+    name_of,
+    timeline_of,
+    traffic_of,
+)
+from zerograph.describe import describe
+from zerograph.document import Document
 from zerograph.errors import PlanError
 from zerograph.ir import Region, TrainGraph, is_call
 from zerograph.layout import Layout, layout_of
@@ -85,6 +98,25 @@ class Plan:
     def traffic(self) -> dict[str, Traffic]:
         """Collectives of one step by kind, with the bytes of their full buffers."""
         return traffic_of(self.graph)
+
+    def timeline(self, cluster: Cluster | str = "cpu") -> Timeline:
+        """When each node starts and ends, predicted for one rank of a described cluster."""
+        return timeline_of(self.graph, _cluster(cluster))
+
+    def document(self, cluster: Cluster | str = "cpu") -> Document:
+        """All that this plan shows as plain data, to save, diff and draw; times are on `cluster`."""
+        return describe(
+            self.graph,
+            self.history,
+            self.config,
+            self.memory,
+            self.signature(),
+            _cluster(cluster),
+        )
+
+    def save(self, path: str | os.PathLike[str], cluster: Cluster | str = "cpu") -> None:
+        """Write `document(cluster)` as JSON; `zerograph show`, `diff` and `report` read it."""
+        self.document(cluster).save(path)
 
     @property
     def advisory(self) -> tuple[str, ...]:
@@ -164,6 +196,10 @@ def plan(
         model, args, kwargs, layout=layout, precision=precision, device=torch.device(device)
     )
     return plan_of(traced, loaded, arriving, client)
+
+
+def _cluster(given: Cluster | str) -> Cluster:
+    return cluster_of(given) if isinstance(given, str) else given
 
 
 def call_of(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

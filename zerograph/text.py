@@ -6,7 +6,7 @@ ranks or names that torch made up. The summary comes last. The skeleton form fol
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import fx
@@ -19,6 +19,7 @@ from zerograph.ir import (
     REGIONS,
     Region,
     TrainGraph,
+    bucket_of,
     is_call,
     map_tensors,
     module_of,
@@ -37,24 +38,40 @@ _ARGUMENTS: dict[Region, tuple[str, ...]] = {
 _DROPPED = ("device", "layout", "pin_memory")
 
 
+class Line(NamedTuple):
+    """One line of a canonical text, with what it belongs to."""
+
+    text: str
+    region: str = ""
+    """Empty for the head, the buckets and the summary."""
+    module: str = ""
+    """FQN of the module (or the block of the bucket) that a node is of."""
+    bucket: str = ""
+    """The bucket that a zero.* node names."""
+
+
 def text(graph: TrainGraph, after: str, *, skeleton: bool = False) -> str:
     """The canonical text of `graph` after the pass named `after`."""
+    return "".join(f"{line.text}\n" for line in lines(graph, after, skeleton=skeleton))
+
+
+def lines(graph: TrainGraph, after: str, *, skeleton: bool = False) -> list[Line]:
+    """The lines of the canonical text."""
     names = _folded(_names(graph)) if skeleton else _names(graph)
-    lines = [
-        f"# zerograph {VERSION} | {graph.model} | stage {graph.stage} | world {graph.world} "
-        f"| after {after}",
-        f"precision  {graph.precision.describe()}",
-        *_sizes(graph),
-        *_buckets(graph),
+    head = f"# zerograph {VERSION} | {graph.model} | stage {graph.stage} | world {graph.world}"
+    found = [
+        Line(f"{head} | after {after}"),
+        Line(f"precision  {graph.precision.describe()}"),
+        *(Line(each) for each in (*_sizes(graph), *_buckets(graph))),
     ]
     for region in REGIONS:
         nodes = graph.nodes(region)
         if nodes:
-            lines.append(f"{region}({_arguments(graph, region, names)})")
-            lines += _skeleton(nodes, names) if skeleton else [_line(n, names) for n in nodes]
-            lines += _returns(graph, region, names)
-    lines.append(summary(graph))
-    return "\n".join(lines) + "\n"
+            found.append(Line(f"{region}({_arguments(graph, region, names)})", region))
+            found += _skeleton(nodes, names) if skeleton else [_line(n, names) for n in nodes]
+            found += [Line(each, region) for each in _returns(graph, region, names)]
+    found.append(Line(summary(graph)))
+    return found
 
 
 def summary(graph: TrainGraph) -> str:
@@ -178,14 +195,15 @@ def _bucket_of(node: fx.Node) -> str:
 # Lines
 
 
-def _line(node: fx.Node, names: _Names) -> str:
+def _line(node: fx.Node, names: _Names) -> Line:
     if ops.is_zero(node.target):
         body = _zero_line(node, names)
         note = size(collective_bytes(node)) if is_call(node, *ops.COLLECTIVES) else ""
     else:
         body = f"{names[node]}: {_type(node, names)} = {_call(node, names)}"
         note = module_of(node)
-    return f"  {body:<68}  # {note}" if note else f"  {body}"
+    shown = f"  {body:<68}  # {note}" if note else f"  {body}"
+    return Line(shown, region_of(node), module_of(node), bucket_of(node))
 
 
 def _zero_line(node: fx.Node, names: _Names) -> str:
@@ -308,12 +326,12 @@ def _folded(names: _Names) -> _Names:
     return folded
 
 
-def _skeleton(nodes: list[fx.Node], names: _Names) -> list[str]:
+def _skeleton(nodes: list[fx.Node], names: _Names) -> list[Line]:
     """zero.* lines, with each run of aten ops between them folded into one."""
-    lines: list[str] = []
+    found: list[Line] = []
     for node in nodes:
         if ops.is_zero(node.target):
-            lines.append(_line(node, names))
-        elif not lines or lines[-1] != "  ...":
-            lines.append("  ...")
-    return lines
+            found.append(_line(node, names))
+        elif not found or found[-1].text != "  ...":
+            found.append(Line("  ...", region_of(node), module_of(node)))
+    return found

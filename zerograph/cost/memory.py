@@ -1,18 +1,65 @@
-"""Static costs of a TrainGraph, per rank: bytes moved, bytes held, and the peaks.
+"""Memory of a rank that runs a TrainGraph, from liveness on the graph: what is held, and for what.
 
-Everything follows from the graph, so that planning needs no rank and no device. Bytes are what a rank
-holds or sends into the collective's buffer (a gather of a bucket counts the whole bucket).
+Every value belongs to the node that owns its storage, through views, waits and writes in place. It is
+alive from that node to its last use; what leaves a region, or is saved for the backward, to the region's
+end or its last use there. What a rank holds from step to step is alive throughout.
 """
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import cached_property
+from typing import cast
 
 from torch import fx
 
 from zerograph import ops
-from zerograph.compat import hint
-from zerograph.ir import REGIONS, TrainGraph, is_call, is_view, map_tensors, region_of, role_of
+from zerograph.cost.traffic import nbytes
+from zerograph.ir import (
+    REGIONS,
+    TrainGraph,
+    is_call,
+    is_view,
+    module_of,
+    region_of,
+    role_of,
+)
+
+CATEGORIES = (
+    "parameters",
+    "optimizer",
+    "buffers",
+    "gradients",
+    "inputs",
+    "gathered",
+    "activations",
+)
+"""What bytes are for; "activations" are all computed values that are none of the others."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is alive while one node runs."""
+
+    node: int
+    """Index in `graph.nodes()`."""
+    region: str
+    module: str
+    bytes: tuple[int, ...]
+    """By category, in the order of CATEGORIES."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.bytes)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes alive at the peak that one module (or bucket) accounts for."""
+
+    owner: str
+    category: str
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -32,19 +79,20 @@ class Memory:
     padding: int
     """Bytes of `parameters` that are alignment and padding."""
     gathered_elements: int
+    series: tuple[Moment, ...]
+    """One for each node of the graph, in order."""
+    at_peak: tuple[Held, ...]
+    """What is alive at the peak, the largest first."""
+
+    @cached_property
+    def peak_moment(self) -> Moment | None:
+        """The first moment at which the peak is reached; None in a graph without nodes."""
+        return max(self.series, key=lambda m: m.total, default=None)
 
     @property
     def states(self) -> int:
         """Bytes held from step to step: parameters, gradients and optimizer states."""
         return self.parameters + self.gradients + self.optimizer
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Collectives of one kind: how many, and the bytes of their full buffers."""
-
-    count: int
-    nbytes: int
 
 
 def memory_of(graph: TrainGraph) -> Memory:
@@ -54,8 +102,8 @@ def memory_of(graph: TrainGraph) -> Memory:
         held[role_of(node).kind] += nbytes(node)
     parameters = held["full"] + (held["shard"] if graph.stage == 3 else 0) + _unread(graph)
     saved = _saved_bytes(graph)
-    resident = parameters + held["master"] + held["state"] + held["buffer"]
-    alive = max((_live_peak(graph, region) for region in REGIONS), default=0)
+    resident = _resident(graph, parameters)
+    series = tuple(m for region in REGIONS for m in _moments(graph, region, resident))
     peak_elements, peak_bytes = _gathered_peaks(graph)
     return Memory(
         parameters=parameters,
@@ -64,35 +112,12 @@ def memory_of(graph: TrainGraph) -> Memory:
         buffers=held["buffer"],
         gathered=peak_bytes,
         saved=saved,
-        peak=resident + alive,
+        peak=max((m.total for m in series), default=sum(resident.values())),
         padding=_padding(graph),
         gathered_elements=peak_elements,
+        series=series,
+        at_peak=(),
     )
-
-
-def traffic_of(graph: TrainGraph) -> dict[str, Traffic]:
-    """Per operator name ("gather", "reduce_scatter", ...): its collectives in one step."""
-    found: dict[str, list[int]] = defaultdict(list)
-    for node in graph.nodes():
-        if is_call(node, *ops.COLLECTIVES):
-            found[name_of(node)].append(collective_bytes(node))
-    return {name: Traffic(len(sizes), sum(sizes)) for name, sizes in sorted(found.items())}
-
-
-def name_of(node: fx.Node) -> str:
-    """`gather` for a zero.gather node."""
-    return str(cast(Any, node.target)._schema.name).partition("::")[2]
-
-
-def collective_bytes(node: fx.Node) -> int:
-    """Bytes of a collective's full buffer, the larger of its input and output."""
-    return max(nbytes(node), *(nbytes(source) for source in node.all_input_nodes))
-
-
-def nbytes(node: fx.Node) -> int:
-    """Bytes of a node's value at the captured call's sizes, as if its storage were its own."""
-    sizes = map_tensors(node.meta.get("val"), lambda t: hint(t.numel()) * t.dtype.itemsize)
-    return sum(sizes)
 
 
 def peak_gathered(graph: TrainGraph) -> int:
@@ -152,11 +177,28 @@ def _saved_bytes(graph: TrainGraph) -> int:
 _RESIDENT = ("full", "shard", "master", "state", "buffer", "constant", "hyper", "used", "param")
 
 
-def _live_peak(graph: TrainGraph, region: str) -> int:
-    """Most bytes alive in a region beside what is always resident."""
-    nodes = [n for n in graph.nodes() if region_of(n) == region]
-    if not nodes:
-        return 0
+def _resident(graph: TrainGraph, parameters: int) -> dict[str, int]:
+    """Bytes that are alive throughout, by category."""
+    held: dict[str, int] = defaultdict(int)
+    for node in graph.placeholders():
+        held[role_of(node).kind] += nbytes(node)
+    optimizer = held["master"] + held["state"]
+    return {"parameters": parameters, "optimizer": optimizer, "buffers": held["buffer"]}
+
+
+def _category(owner: fx.Node) -> str:
+    if owner.op == "placeholder":
+        return "gradients" if role_of(owner).kind == "kept" else "inputs"
+    if is_call(owner, ops.gather):
+        return "gathered"
+    gradients = (ops.grad_buffer, ops.reduce_scatter, ops.all_reduce, ops.accumulate)
+    return "gradients" if is_call(owner, *gradients) else "activations"
+
+
+def _moments(graph: TrainGraph, region: str, resident: dict[str, int]) -> Iterator[Moment]:
+    """What is alive at each node of a region."""
+    numbered = [(i, n) for i, n in enumerate(graph.nodes()) if region_of(n) == region]
+    nodes = [n for _, n in numbered]
     own = set(nodes)
     last: dict[fx.Node, fx.Node | None] = {}
     for node in nodes:
@@ -166,18 +208,20 @@ def _live_peak(graph: TrainGraph, region: str) -> int:
         for result in graph.outputs(section):
             if result is not None:
                 last[_storage(result)] = None
-    alive = sum(nbytes(n) for n in last if n not in own and not _always_there(n))
-    peak = alive
-    ends: dict[fx.Node, int] = defaultdict(int)
+    alive = dict.fromkeys(CATEGORIES, 0) | resident
+    for owner in last:
+        if owner not in own and not _always_there(owner):
+            alive[_category(owner)] += nbytes(owner)
+    ends: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for owner, final in last.items():
         if final is not None and not _always_there(owner):
-            ends[final] += nbytes(owner)
-    for node in nodes:
+            ends[final].append(owner)
+    for index, node in numbered:
         if _storage(node) is node and node in last:
-            alive += nbytes(node)
-        peak = max(peak, alive)
-        alive -= ends[node]
-    return peak
+            alive[_category(node)] += nbytes(node)
+        yield Moment(index, region, module_of(node), tuple(alive[c] for c in CATEGORIES))
+        for owner in ends[node]:
+            alive[_category(owner)] -= nbytes(owner)
 
 
 def _always_there(node: fx.Node) -> bool:

@@ -1,0 +1,201 @@
+"""Document: all that a plan shows, as plain data that can be saved, read again, diffed and drawn.
+
+    Plan  ->  Document  ->  canonical text, JSON, diff, HTML report, traces
+
+The tools of `zerograph.cli` and the report read documents only, so a saved plan shows what a fresh one shows,
+without the model, without tracing and without the torch that made it. The JSON is the same byte for byte
+from run to run: no times of this machine, no paths, no ids.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from zerograph.errors import PlanError
+from zerograph.text import Line
+
+FORMAT: Literal[1] = 1
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BucketEntry(_Entry):
+    """One bucket of the layout."""
+
+    name: str
+    block: str
+    dtype: str
+    trainable: bool
+    params: tuple[str, ...]
+    numel: int
+    shard_numel: int
+
+
+class PassEntry(_Entry):
+    """One pass: what it did, and the text after it as indices into `Document.lines`."""
+
+    name: str
+    did: str
+    full: tuple[int, ...]
+    skeleton: tuple[int, ...]
+
+
+class NodeEntry(_Entry):
+    """One call of the final graph, in order."""
+
+    op: str
+    """`zero.gather`, `aten.mm`, ..."""
+    region: str
+    module: str
+    bucket: str
+    nbytes: int
+    """Bytes of its value; of a collective, those of its full buffer."""
+    flops: int
+    moved: int
+    """Bytes read from and written to memory."""
+    stream: Literal["compute", "communication", "copy", ""]
+    """Empty for a call that takes no time."""
+    start: float
+    """Seconds from the start of the step, predicted."""
+    seconds: float
+    alive: tuple[int, ...]
+    """Bytes alive while it runs, by category, in the order of MemoryEntry.categories."""
+
+
+class HeldEntry(_Entry):
+    """Bytes alive at the peak that one module or bucket accounts for."""
+
+    owner: str
+    category: str
+    bytes: int
+
+
+class MemoryEntry(_Entry):
+    """Predicted bytes on one rank."""
+
+    categories: tuple[str, ...]
+    parameters: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    gathered: int
+    saved: int
+    peak: int
+    padding: int
+    peak_node: int
+    """Index into `Document.nodes` of the call at which the peak is reached; -1 without calls."""
+    at_peak: tuple[HeldEntry, ...]
+
+
+class TrafficEntry(_Entry):
+    """Collectives of one kind in a step."""
+
+    count: int
+    nbytes: int
+
+
+class TimeEntry(_Entry):
+    """The predicted step on a described cluster, in seconds."""
+
+    cluster: str
+    step: float
+    compute: float
+    communication: float
+    waited: float
+
+
+class Document(_Entry):
+    """One plan as data. `Plan.document()` makes it, `save` and `load` keep it."""
+
+    format: Literal[1] = FORMAT
+    model: str
+    stage: int
+    world: int
+    precision: str
+    config: dict[str, Any]
+    """The config keys that were given."""
+    buckets: tuple[BucketEntry, ...]
+    traffic: dict[str, TrafficEntry]
+    memory: MemoryEntry
+    time: TimeEntry
+    advisory: tuple[str, ...]
+    signature: tuple[str, ...]
+    kernels: dict[str, str]
+    """Sources of the generated kernels that the plan uses, by name."""
+    passes: tuple[PassEntry, ...]
+    nodes: tuple[NodeEntry, ...]
+    lines: tuple[Line, ...]
+    """Every distinct line of the texts of all passes, once."""
+
+    def text(
+        self,
+        after: str | None = None,
+        *,
+        skeleton: bool = False,
+        region: str | None = None,
+        layer: str | None = None,
+    ) -> str:
+        """The canonical text after a pass (by default the last), or the lines of a region or layer.
+
+        `layer` is a module's FQN (its submodules belong to it) or a bucket's name.
+        """
+        found = self.select(after, skeleton=skeleton, region=region, layer=layer)
+        return "".join(f"{line.text}\n" for line in found)
+
+    def select(
+        self,
+        after: str | None = None,
+        *,
+        skeleton: bool = False,
+        region: str | None = None,
+        layer: str | None = None,
+    ) -> list[Line]:
+        """The lines of `text`."""
+        entry = self.after(after)
+        found = [self.lines[i] for i in (entry.skeleton if skeleton else entry.full)]
+        if region is not None:
+            found = [line for line in found if line.region == region]
+        if layer is not None:
+            found = [line for line in found if _of_layer(line, layer)]
+        return found
+
+    def after(self, name: str | None) -> PassEntry:
+        """A pass by name; the last one for None. Raises PlanError."""
+        if name is None:
+            return self.passes[-1]
+        for entry in self.passes:
+            if entry.name == name:
+                return entry
+        names = ", ".join(entry.name for entry in self.passes)
+        raise PlanError(f"no pass {name!r}; the passes are {names}")
+
+    def dumps(self) -> str:
+        """JSON, keys in the order of this class."""
+        return json.dumps(self.model_dump(mode="json"), separators=(",", ":")) + "\n"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        Path(path).write_text(self.dumps())
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> "Document":
+        """A saved plan. Raises PlanError, in one line, for a file that is none."""
+        try:
+            given = json.loads(Path(path).read_text())
+            return Document.model_validate(given)
+        except OSError as error:
+            raise PlanError(f"{path}: {error.strerror}") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise PlanError(f"{path} is not a saved plan: {where}: {first['msg']}") from error
+        except ValueError as error:
+            raise PlanError(f"{path} is not a saved plan: {error}") from error
+
+
+def _of_layer(line: Line, layer: str) -> bool:
+    return layer == line.bucket or line.module == layer or line.module.startswith(f"{layer}.")

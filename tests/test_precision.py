@@ -1,7 +1,9 @@
 """fp16 and bf16 steps: loss scale, skipped steps, and how gradients are sent, kept and averaged."""
 
+import copy
 import logging
 import math
+from itertools import product
 from typing import Any
 
 import pytest
@@ -307,6 +309,46 @@ def test_types_of_sent_and_kept_gradients_train() -> None:
                 if "kept in fp16" in name
                 else torch.float32
             )
+
+
+def _combined(rank: int, world: int) -> list[str]:
+    """Combinations of the types and averages whose gradient is not the mean, by name."""
+    wrong = []
+    model = tiny.Mlp().double()
+    halves = [{k: v.double() for k, v in tiny.batch(2 + r).items()} for r in range(world)]
+    (sum(model(**half) for half in halves) / world).backward()
+    expected = {n: p.grad for n, p in model.named_parameters()}
+    mine = {k: v.float() for k, v in halves[rank].items()}
+    computed = (
+        {},
+        {"bf16": {"enabled": True}},
+        {"fp16": {"enabled": True, "initial_scale_power": 8}},
+    )
+    sent = ({}, {"communication_data_type": "bf16"}, {"communication_data_type": "fp32"})
+    kept = (False, True)
+    averaged = (
+        ({"gradient_predivide_factor": 2.0}, 1.0),
+        ({"prescale_gradients": True}, 1.0),
+        ({"gradient_allreduce_op": "sum"}, 2.0),
+    )
+    every = list(product(range(4), computed, sent, kept, averaged))
+    for stage, c, s, k, (a, factor) in every[::7]:  # 31 of 216; each pair of values is met
+        low = {"data_types": {"grad_accum_dtype": "fp16" if "fp16" in c else "bf16"}}
+        given = c | s | a | (low if k else {})
+        engine = zerograph.compile(copy.deepcopy(model).float(), tiny.config(stage, **given))
+        engine.backward(engine(**mine))
+        for name, gradient in engine.gradients().items():
+            off = (gradient / factor - expected[name]).abs().max() / expected[name].abs().max()
+            if off > (0.02 if c or s or k else 1e-5):
+                wrong.append(f"stage {stage} {given} {name}: {off:.1e}")
+        engine.step()
+        assert engine.was_step_applied(), given
+    return wrong
+
+
+def test_types_and_averages_in_combination() -> None:
+    for wrong in run_ranks(2, _combined):
+        assert not wrong, "\n".join(wrong)
 
 
 # Accumulation

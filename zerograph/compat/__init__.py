@@ -1,21 +1,21 @@
 """Every private torch interface that zerograph uses, in one package.
 
-Seen working on torch 2.11, 2.12 and 2.13. What a later torch renames is mended here and nowhere
-else:
+The tests of capture, effects, shapes, loops and passes were run on torch 2.11, 2.13 and 2.15. What differs:
+2.11 cannot trace t5 with a cache, and answers for itself whether it exports. What a later torch renames
+is mended here and nowhere else:
 
-    torch._dynamo.functional_export: dynamo_graph_capture_for_export,  2.11 - 2.15
-        _compiling_state_context, fullgraph_capture
-    torch._functorch.aot_autograd.aot_export_joint_with_descriptors    2.11 - 2.13
-    torch._functorch._aot_autograd.descriptors                         2.11 - 2.13
-    torch._subclasses.fake_tensor.FakeTensorMode                       2.11 - 2.13
-    torch._dynamo.config (names below)                                 2.11 - 2.13
-    torch.distributed.distributed_c10d._get_default_store              2.11 - 2.13
-    ctx.maybe_clear_saved_tensors of autograd functions                2.11 - 2.13
-    torch._dynamo.maybe_mark_dynamic, TracingContext.tensor_to_context 2.13
-    ShapeEnv: guards, var_to_sources, create_symintnode; SymInt.node   2.13
-    torch.utils._sympy: interp, printers, reference                    2.13
-    torch.optim.Optimizer: _opt_called, step._wrapped_by_lr_sched,     2.11 - 2.13
-        the hook tables
+    capture.py   torch._dynamo.functional_export: dynamo_graph_capture_for_export, _compiling_state_context
+                 torch._dynamo.variables.torch.tracing_state_functions, torch._dynamo.config
+                 torch._functorch.aot_autograd.aot_export_joint_with_descriptors, _aot_autograd.descriptors
+                 torch._subclasses.fake_tensor.FakeTensorMode
+    effects.py   torch._dynamo.functional_export.fullgraph_capture and the guards of what it makes
+                 torch._dynamo.side_effects.SideEffects: codegen_save_tempvars, _get_modified_vars
+    symbols.py   torch._dynamo.maybe_mark_dynamic, TracingContext.tensor_to_context
+                 ShapeEnv: guards, var_to_sources, create_symintnode; SymInt.node
+                 torch.utils._sympy: interp, printers, reference
+    runtime.py   torch.distributed.distributed_c10d._get_default_store
+                 ctx.maybe_clear_saved_tensors of autograd functions
+                 torch.optim.Optimizer: _opt_called, step._wrapped_by_lr_sched, the hook tables
 """
 
 from torch._dynamo.exc import TorchDynamoException as DynamoError

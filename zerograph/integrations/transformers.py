@@ -30,6 +30,11 @@ _CHANGES = (
         "give the model an `attention_mask` (of ones): it makes none while it is compiled",
     ),
     (
+        "config_to_return = copy.deepcopy",
+        "set model.config.use_cache = False, which training does not need, or take a torch that can trace "
+        "this copy (2.11 cannot)",
+    ),
+    (
         "position_bias.requires_grad = True",
         "call the model's gradient_checkpointing_disable(); with it this family (t5, mt5, longt5, udop, ...) "
         "asks for the gradient of a tensor inside the forward",

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from zerograph.countable import Countable
 from zerograph.errors import PlanError
 from zerograph.text import Line
 
@@ -109,7 +110,7 @@ class TimeEntry(_Entry):
     waited: float
 
 
-class Document(_Entry):
+class Document(_Entry, Countable):
     """One plan as data. `Plan.document()` makes it, `save` and `load` keep it."""
 
     format: Literal[1] = FORMAT
@@ -163,6 +164,9 @@ class Document(_Entry):
         if layer is not None:
             found = [line for line in found if _of_layer(line, layer)]
         return found
+
+    def _document(self) -> "Document":
+        return self
 
     def after(self, name: str | None) -> PassEntry:
         """A pass by name; the last one for None. Raises PlanError."""

@@ -9,7 +9,6 @@
 For the same model, inputs, config, world size and device it is byte for byte `engine.plan`.
 """
 
-import difflib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 
 from zerograph import pipeline
+from zerograph.changes import unified
 from zerograph.client import Client, Given, client_of
 from zerograph.codegen.optimizers import RULES, Kind
 from zerograph.config import ZeroConfig, load_config
@@ -35,6 +35,7 @@ from zerograph.cost import (
     timeline_of,
     traffic_of,
 )
+from zerograph.countable import Countable
 from zerograph.describe import describe
 from zerograph.document import Document
 from zerograph.errors import PlanError
@@ -74,7 +75,7 @@ class OptimizerSpec:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Countable):
     """A planned training step. Immutable; `str` is its canonical text."""
 
     graph: TrainGraph
@@ -114,6 +115,13 @@ class Plan:
             _cluster(cluster),
         )
 
+    @cached_property
+    def _described(self) -> Document:
+        return self.document()
+
+    def _document(self) -> Document:
+        return self._described
+
     def save(self, path: str | os.PathLike[str], cluster: Cluster | str = "cpu") -> None:
         """Write `document(cluster)` as JSON; `zerograph show`, `diff` and `report` read it."""
         self.document(cluster).save(path)
@@ -140,9 +148,7 @@ class Plan:
 
     def diff(self, other: "Plan", *, skeleton: bool = False) -> str:
         """A unified diff from this plan's text to `other`'s; empty if they are the same."""
-        before = self.text(skeleton=skeleton).splitlines()
-        after = other.text(skeleton=skeleton).splitlines()
-        return "\n".join(difflib.unified_diff(before, after, "before", "after", lineterm=""))
+        return "\n".join(unified(self.text(skeleton=skeleton), other.text(skeleton=skeleton)))
 
     def short(self) -> str:
         """A few lines for a person: buckets, collectives, memory, and what the config advises."""

@@ -13,10 +13,12 @@ _SUMMARY = "summary  "
 _ENTRY = re.compile(r"(\w+) (\d+ \(.*\)|[\d.]+ [KMGT]?i?B)")
 
 
-def unified(before: str, after: str, names: tuple[str, str] = ("before", "after")) -> list[str]:
+def unified(
+    before: str, after: str, names: tuple[str, str] = ("before", "after"), context: int = 3
+) -> list[str]:
     """The lines of a unified diff, without line ends; empty for equal texts."""
     old, new = before.splitlines(), after.splitlines()
-    return list(difflib.unified_diff(old, new, *names, lineterm=""))
+    return list(difflib.unified_diff(old, new, *names, n=context, lineterm=""))
 
 
 def changes(before: str, after: str) -> list[str]:
@@ -24,7 +26,7 @@ def changes(before: str, after: str) -> list[str]:
     old, new = _summary(before), _summary(after)
     if not old or not new:
         return []
-    differing = [name for name in (old | new) if old.get(name) != new.get(name)]
+    differing = [name for name in {**new, **old} if old.get(name) != new.get(name)]
     width = max(map(len, differing), default=0)
     lines = [f"{n:<{width}}  {old.get(n, 'none')} -> {new.get(n, 'none')}" for n in differing]
     return lines or ["collectives, bytes and peak are the same"]

@@ -9,6 +9,7 @@
 For the same model, inputs, config, world size and device it is byte for byte `engine.plan`.
 """
 
+import difflib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ import torch
 from torch import nn
 
 from zerograph import pipeline
-from zerograph.changes import unified
 from zerograph.client import Client, Given, client_of
 from zerograph.codegen.optimizers import RULES, Kind
 from zerograph.config import ZeroConfig, load_config
@@ -148,7 +148,9 @@ class Plan(Countable):
 
     def diff(self, other: "Plan", *, skeleton: bool = False) -> str:
         """A unified diff from this plan's text to `other`'s; empty if they are the same."""
-        return "\n".join(unified(self.text(skeleton=skeleton), other.text(skeleton=skeleton)))
+        before = self.text(skeleton=skeleton).splitlines()
+        after = other.text(skeleton=skeleton).splitlines()
+        return "\n".join(difflib.unified_diff(before, after, "before", "after", lineterm=""))
 
     def short(self) -> str:
         """A few lines for a person: buckets, collectives, memory, and what the config advises."""

@@ -165,9 +165,6 @@ class Document(_Entry, Countable):
             found = [line for line in found if _of_layer(line, layer)]
         return found
 
-    def _document(self) -> "Document":
-        return self
-
     def after(self, name: str | None) -> PassEntry:
         """A pass by name; the last one for None. Raises PlanError."""
         if name is None:
@@ -181,6 +178,9 @@ class Document(_Entry, Countable):
     def dumps(self) -> str:
         """JSON, keys in the order of this class."""
         return json.dumps(self.model_dump(mode="json"), separators=(",", ":")) + "\n"
+
+    def _document(self) -> "Document":
+        return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
         Path(path).write_text(self.dumps())

@@ -118,53 +118,62 @@ def test_one_comment_is_kept_up_to_date(
     assert last == f"api {called}"
 
 
-# Comparing, with the command line of this repository
+# Comparing
+
+WHAT = "The training plan of `train:make_model` with `ds_config.json` on 64 ranks"
+STANDING_IN = """
+case "$1" in
+  plan) test -e ds_config.json ;;
+  diff) if [ "$DIFFERS" = 1 ]; then echo "+ line"; echo "gather 5 -> 7"; fi; exit "$DIFFERS" ;;
+  show) echo "the plan" ;;
+esac
+"""
+"""Answers as the command line does, without its seconds of imports."""
 
 
-def compare(
-    folder: Path, stages: dict[str, int | None]
-) -> tuple[subprocess.CompletedProcess[str], str]:
-    """Run the step on checkouts with these stages; None for a base without the model."""
-    pytest.importorskip("zerograph.cli")
-    program(folder, "zerograph", f'exec "{sys.executable}" -m zerograph "$@"')
+def compare(folder: Path, stages: dict[str, int | None], **env: str) -> tuple[int, str]:
+    """The step's exit code and comment for checkouts of these stages; None for one without a config."""
     for side, stage in stages.items():
         (folder / side).mkdir()
         if stage is not None:
             config = {"zero_optimization": {"stage": stage}, "optimizer": {"type": "AdamW"}}
             (folder / side / "ds_config.json").write_text(json.dumps(config))
             (folder / side / "train.py").write_text(TRAIN)
-    env = {**JOBS["plan"]["env"], "GITHUB_STEP_SUMMARY": str(folder / "summary.md")}
+    env = {**JOBS["plan"]["env"], "GITHUB_STEP_SUMMARY": str(folder / "summary.md"), **env}
     ran = bash(script("plan", "Plan and compare"), folder, PYTHONPATH=str(ROOT), **env)
     comment = folder / "comment.md"
-    return ran, comment.read_text() if comment.exists() else ""
+    if comment.exists():
+        assert (folder / "summary.md").read_text() == comment.read_text()
+    return ran.returncode, comment.read_text() if comment.exists() else ""
 
 
-WHAT = "The training plan of `train:make_model` with `ds_config.json` on 64 ranks"
-
-
-def test_a_change_is_shown(tmp_path: Path) -> None:
-    ran, comment = compare(tmp_path, {"base": 2, "head": 3})
-    assert ran.returncode == 0, ran.stderr
+def test_a_change_is_shown_by_the_command_line(tmp_path: Path) -> None:
+    pytest.importorskip("zerograph.cli")
+    program(tmp_path, "zerograph", f'exec "{sys.executable}" -m zerograph "$@"')
+    code, comment = compare(tmp_path, {"base": 2, "head": 3})
     mark, title, *rest = comment.splitlines()
-    assert mark == MARK and title.startswith(f"{WHAT} changes: ") and "gather" in title
+    assert code == 0 and mark == MARK
+    assert title.startswith(f"{WHAT} changes: ") and "gather" in title
     assert rest.count("````diff") == rest.count("````") == 1
     assert any(line.startswith("+  %b0 = zero.gather b0") for line in rest)
-    assert (tmp_path / "summary.md").read_text() == comment
 
 
-def test_no_change_is_said(tmp_path: Path) -> None:
-    ran, comment = compare(tmp_path, {"base": 3, "head": 3})
-    assert ran.returncode == 0, ran.stderr
-    assert comment == f"{MARK}\n{WHAT} is the same.\n"
-
-
-def test_a_base_without_the_model_is_no_failure(tmp_path: Path) -> None:
-    ran, comment = compare(tmp_path, {"base": None, "head": 3})
-    assert ran.returncode == 0, ran.stderr
-    assert comment.splitlines()[1] == f"{WHAT} is new."
-    assert "zero.gather b0" in comment
-
-
-def test_a_head_without_a_plan_fails(tmp_path: Path) -> None:
-    ran, comment = compare(tmp_path, {"base": 3, "head": None})
-    assert ran.returncode != 0 and not comment
+@pytest.mark.parametrize(
+    ("stages", "differs", "code", "title"),
+    [
+        ((3, 3), "0", 0, f"{WHAT} is the same."),
+        ((2, 3), "1", 0, f"{WHAT} changes: gather 5 -> 7"),
+        ((2, 3), "2", 1, ""),
+        ((None, 3), "0", 0, f"{WHAT} is new."),
+        ((3, None), "0", 1, ""),
+    ],
+)
+def test_each_outcome_of_comparing(
+    tmp_path: Path, stages: tuple[int | None, int | None], differs: str, code: int, title: str
+) -> None:
+    program(tmp_path, "zerograph", STANDING_IN)
+    ran, comment = compare(tmp_path, dict(zip(("base", "head"), stages)), DIFFERS=differs)
+    assert ran == code
+    lines = comment.splitlines()
+    assert lines[:2] == ([MARK, title] if title else [])
+    assert ("````diff" in lines) == (title != "" and "same" not in title)

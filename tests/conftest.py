@@ -1,4 +1,4 @@
-"""Settings of the whole test run: one thread, no network, and the switch of the golden texts."""
+"""Settings of the whole test run: one thread, no network, and zerograph's own pytest plugin."""
 
 import os
 
@@ -8,12 +8,12 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 import pytest
 import torch
 
+from zerograph import pytest_plugin
+
 torch.set_num_threads(1)
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--accept-graphs",
-        action="store_true",
-        help="write the golden texts of tests/goldens from what the code makes now",
-    )
+def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
+    """The plugin's entry point is missing where the package was installed before it had one."""
+    if not pluginmanager.is_registered(pytest_plugin):
+        pluginmanager.register(pytest_plugin, "zerograph")

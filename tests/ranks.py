@@ -18,7 +18,7 @@ TIMEOUT = 240.0
 
 # What the server imports once, before any rank is forked from it: it only imports, so it has no
 # threads and no process group that a fork could break.
-PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "transformers", "zerograph"]
+PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "transformers", "zerograph.engine"]
 
 
 class RankError(Exception):

@@ -12,56 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from tests.keys import all_leaves, nest
 from zerograph import errors
 from zerograph.config import AdamOptimizer, Batch, SgdOptimizer, WarmupLR, ZeroConfig, load_config
-from zerograph.config.base import Section
 from zerograph.config.check import row_for
 from zerograph.config.known import RETIRED
-from zerograph.config.optimizer import OPTIMIZER_TAGS
-from zerograph.config.problems import nested
-from zerograph.config.scheduler import SCHEDULER_TAGS
 from zerograph.config.support import ROWS, SUPPORT
 from zerograph.errors import ConfigError
-
-
-def nest(path: str, value: object) -> dict[str, Any]:
-    """Build the config in which one key has one value, with whatever it needs beside it."""
-    config: Any = value
-    for key in reversed(path.split(".")):
-        config = {key: config}
-    if path.startswith("optimizer.params"):
-        config["optimizer"]["type"] = "Adam"
-    if path.startswith("scheduler.params"):
-        config["scheduler"]["type"] = "WarmupLR"
-    return config  # type: ignore[no-any-return]
 
 
 def refusal(source: Any) -> str:
     with pytest.raises(ConfigError) as caught:
         load_config(source)
     return str(caught.value)
-
-
-def leaves(model: type[Section], prefix: str = "") -> dict[str, Any]:
-    """Every key path of the schema, with its default."""
-    found: dict[str, Any] = {}
-    for name, field in model.model_fields.items():
-        inner = nested(field)
-        if inner is None:
-            found[prefix + name] = field.default
-        else:
-            found |= leaves(inner, f"{prefix}{name}.")
-    return found
-
-
-def all_leaves() -> dict[str, Any]:
-    found = leaves(ZeroConfig)
-    del found["optimizer"], found["scheduler"]
-    for cls in OPTIMIZER_TAGS.values():
-        found |= leaves(cls, "optimizer.")
-    for cls in SCHEDULER_TAGS.values():
-        found |= leaves(cls, "scheduler.")
-    return found
 
 
 # --- defaults -----------------------------------------------------------------------------------

@@ -1,11 +1,10 @@
 """Golden texts: the whole transformed graph of a small model, pinned to the byte.
 
-`pytest --accept-graphs` writes tests/goldens from what the code makes now; read the diff before you
-commit it. The full texts hold for one minor version of torch, whose decompositions they show; the
-skeletons hold for all.
+They use zerograph's own pytest plugin: `pytest --accept-graphs` writes tests/goldens from what the
+code makes now; read the diff before you commit it. The full texts hold for one minor version of torch,
+whose decompositions they show; the skeletons hold for all.
 """
 
-import difflib
 import functools
 import os
 import subprocess
@@ -19,6 +18,7 @@ from torch import nn
 
 import zerograph
 from tests import models, tiny
+from zerograph.golden import GraphGolden
 from zerograph.plan import Plan
 from zerograph.trace import Trace
 
@@ -26,25 +26,6 @@ GOLDENS = Path(__file__).parent / "goldens"
 FULL_TORCH = "2.13"
 WORLD = 8
 STAGES = range(4)
-
-
-def difference(path: Path, text: str, accept: bool) -> str:
-    """What to say of `text` where `path` holds something else; empty if it does not."""
-    pinned = path.read_text() if path.exists() else ""
-    if pinned == text:
-        return ""
-    if accept:
-        path.write_text(text)
-        return ""
-    old, new = pinned.splitlines(), text.splitlines()
-    lines = difflib.unified_diff(old, new, f"goldens/{path.name}", "now", lineterm="")
-    return "\n".join([*lines, "", "if this is meant: pytest --accept-graphs, then read git diff"])
-
-
-def check(request: pytest.FixtureRequest, name: str, text: str) -> None:
-    said = difference(GOLDENS / name, text, request.config.getoption("--accept-graphs"))
-    if said:
-        pytest.fail(said, pytrace=False)
 
 
 @functools.cache
@@ -58,15 +39,13 @@ def llama_plan(stage: int) -> Plan:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_llama(stage: int, request: pytest.FixtureRequest) -> None:
-    if torch.__version__.rpartition(".")[0].split("+")[0] != FULL_TORCH:
-        pytest.skip(f"full texts show the decompositions of torch {FULL_TORCH}")
-    check(request, f"llama.stage{stage}.txt", str(llama_plan(stage)))
+def test_llama(stage: int, graph_golden: GraphGolden) -> None:
+    graph_golden(llama_plan(stage), f"llama.stage{stage}", torch=FULL_TORCH)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_llama_skeleton(stage: int, request: pytest.FixtureRequest) -> None:
-    check(request, f"llama.stage{stage}.skeleton.txt", llama_plan(stage).text(skeleton=True))
+def test_llama_skeleton(stage: int, graph_golden: GraphGolden) -> None:
+    graph_golden(llama_plan(stage), f"llama.stage{stage}", skeleton=True)
 
 
 # One option at a time, on small models
@@ -105,8 +84,8 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_option_skeleton(name: str, request: pytest.FixtureRequest) -> None:
-    check(request, f"{name}.skeleton.txt", OPTIONS[name]().text(skeleton=True))
+def test_option_skeleton(name: str, graph_golden: GraphGolden) -> None:
+    graph_golden(OPTIONS[name](), name, skeleton=True)
 
 
 # The same bytes, whoever plans
@@ -175,22 +154,7 @@ def test_planning_leaves_the_model_as_it_was() -> None:
         assert torch.equal(parameter, before[name][1])
 
 
-# The switch
-
-
-def test_golden_is_written_only_when_asked(tmp_path: Path) -> None:
-    path = tmp_path / "graph.txt"
-    said = difference(path, "a\nb\n", accept=False)
-    assert "+a\n+b" in said and "--accept-graphs" in said
-    assert not path.exists()
-    assert difference(path, "a\nb\n", accept=True) == ""
-    assert difference(path, "a\nb\n", accept=False) == ""
-    said = difference(path, "a\nc\n", accept=False)
-    assert "--- goldens/graph.txt" in said and "\n-b\n+c" in said
-    assert path.read_text() == "a\nb\n"
-
-
 def test_every_golden_is_tested() -> None:
     stages = {f"llama.stage{s}{form}.txt" for s in STAGES for form in ("", ".skeleton")}
     expected = stages | {f"{name}.skeleton.txt" for name in OPTIONS}
-    assert {path.name for path in GOLDENS.iterdir()} == expected
+    assert {path.name for path in GOLDENS.glob("*.txt")} == expected

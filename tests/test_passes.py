@@ -378,21 +378,6 @@ def test_gather_and_release_stand_around_each_blocks_uses() -> None:
         assert steps == expected
 
 
-class Tied(nn.Module):
-    """One matrix at the start and at the end, layers in between."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Linear(8, 8, bias=False)
-        self.layers = nn.ModuleList(tiny.Block(8, 0.0) for _ in range(2))
-
-    def forward(self, x: Tensor, target: Tensor) -> Tensor:
-        x = self.embed(x)
-        for layer in self.layers:
-            x = layer(x)
-        return F.mse_loss(F.linear(x, self.embed.weight), target)
-
-
 @pytest.mark.parametrize(
     "distance, order",
     [(0, "b0 b1 b2 b0"), (175, "b0 b1 b2 b0"), (176, "b0 b1 b2"), (10**9, "b0 b1 b2")],
@@ -401,14 +386,14 @@ def test_max_reuse_distance_decides_whether_a_tied_matrix_is_gathered_again(
     distance: int, order: str
 ) -> None:
     """Between its two uses lie two blocks of 88 elements, padding left out."""
-    trace = tiny.traced(Tied(), tiny.batch(), 4)
+    trace = tiny.traced(tiny.Tied(), tiny.batch(), 4)
     graph = after([Normalize(), Specialize(), Shard(3), Gather(distance), Release()], trace)
     found = [n.args[1] for n in calls(graph, ops.gather, "forward")]
     assert found == order.split()
 
 
 def test_a_kept_bucket_counts_while_it_is_kept() -> None:
-    trace = tiny.traced(Tied(), tiny.batch(), 4)
+    trace = tiny.traced(tiny.Tied(), tiny.batch(), 4)
     passes = [Normalize(), Specialize(), Shard(3)]
     apart = after([*passes, Gather(0), Release()], trace)
     kept = after([*passes, Gather(10**9), Release()], trace)

@@ -87,6 +87,21 @@ class Partly(nn.Module):
         return {"loss": F.mse_loss(self.head(hidden), target), "aside": aside}
 
 
+class Tied(nn.Module):
+    """One matrix at the start and at the end, layers in between."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.embed = nn.Linear(width, width, bias=False)
+        self.layers = nn.ModuleList(Block(width, 0.0) for _ in range(2))
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        x = self.embed(x)
+        for layer in self.layers:
+            x = layer(x)
+        return F.mse_loss(F.linear(x, self.embed.weight), target)
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "blocks": Blocks,
     "mlp": Mlp,

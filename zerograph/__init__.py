@@ -1,11 +1,21 @@
-"""zerograph: ZeRO as a compiler pass for PyTorch."""
+"""zerograph: ZeRO as a compiler pass for PyTorch.
 
-from zerograph.access import gathered
-from zerograph.config import ZeroConfig, load_config
-from zerograph.engine import Engine, compile
-from zerograph.integrations.deepspeed import add_config_arguments, initialize
-from zerograph.plan import Plan, plan
-from zerograph.runtime.world import init_distributed
+A name is imported when it is first used: pytest imports this package in every run, for its plugin, and
+torch takes seconds.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zerograph.access import gathered
+    from zerograph.config import ZeroConfig, load_config
+    from zerograph.engine import Engine, compile
+    from zerograph.integrations.deepspeed import add_config_arguments, initialize
+    from zerograph.plan import Plan, plan
+    from zerograph.runtime.world import init_distributed
 
 __all__ = [
     "Engine",
@@ -19,3 +29,43 @@ __all__ = [
     "load_config",
     "plan",
 ]
+
+_HOMES = {
+    "Engine": "engine",
+    "Plan": "plan",
+    "ZeroConfig": "config",
+    "add_config_arguments": "integrations.deepspeed",
+    "compile": "engine",
+    "gathered": "access",
+    "init_distributed": "runtime.world",
+    "initialize": "integrations.deepspeed",
+    "load_config": "config",
+    "plan": "plan",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, or a module of this package."""
+    home = f"{__name__}.{_HOMES.get(name, name)}"
+    try:
+        module = import_module(home)
+    except ModuleNotFoundError as error:
+        if error.name != home:
+            raise
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    return getattr(module, name) if name in _HOMES else module
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Whoever imports the module `zerograph.plan` first, `zerograph.plan` is the function."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        module = name == "plan" and isinstance(value, ModuleType)
+        super().__setattr__(name, value.plan if module else value)
+
+
+sys.modules[__name__].__class__ = _Package

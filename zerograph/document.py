@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from zerograph.countable import Countable
 from zerograph.errors import PlanError
 from zerograph.text import Line
 
@@ -109,7 +110,7 @@ class TimeEntry(_Entry):
     waited: float
 
 
-class Document(_Entry):
+class Document(_Entry, Countable):
     """One plan as data. `Plan.document()` makes it, `save` and `load` keep it."""
 
     format: Literal[1] = FORMAT
@@ -177,6 +178,9 @@ class Document(_Entry):
     def dumps(self) -> str:
         """JSON, keys in the order of this class."""
         return json.dumps(self.model_dump(mode="json"), separators=(",", ":")) + "\n"
+
+    def _document(self) -> "Document":
+        return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
         Path(path).write_text(self.dumps())

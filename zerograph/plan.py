@@ -35,6 +35,7 @@ from zerograph.cost import (
     timeline_of,
     traffic_of,
 )
+from zerograph.countable import Countable
 from zerograph.describe import describe
 from zerograph.document import Document
 from zerograph.errors import PlanError
@@ -74,7 +75,7 @@ class OptimizerSpec:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Countable):
     """A planned training step. Immutable; `str` is its canonical text."""
 
     graph: TrainGraph
@@ -113,6 +114,13 @@ class Plan:
             self.signature(),
             _cluster(cluster),
         )
+
+    @cached_property
+    def _described(self) -> Document:
+        return self.document()
+
+    def _document(self) -> Document:
+        return self._described
 
     def save(self, path: str | os.PathLike[str], cluster: Cluster | str = "cpu") -> None:
         """Write `document(cluster)` as JSON; `zerograph show`, `diff` and `report` read it."""

@@ -1,6 +1,7 @@
 """The form of a row in the table of what is built, and the four ways to write one.
 
-    built     the key does here what it does in DeepSpeed
+    built     the key does here what it does in DeepSpeed; with `here`, which says where, the planned
+              graph does not change (a golden diff shows what every other built key changes)
     advises   the key is accepted and changes nothing; `here` says what happens instead, and
               nothing need be said about the values in `accepts`
     refused   only the values in `accepts`, which are what happens anyway, are accepted
@@ -26,8 +27,8 @@ class Row:
     accepts: tuple[object, ...] = ()
 
 
-def built(keys: str) -> tuple[Row, ...]:
-    return tuple(Row(key, "built") for key in keys.split())
+def built(keys: str, here: str = "") -> tuple[Row, ...]:
+    return tuple(Row(key, "built", here) for key in keys.split())
 
 
 def advises(keys: str, here: str, *accepts: object) -> tuple[Row, ...]:

@@ -11,12 +11,14 @@ from zerograph.config.support_training import TRAINING_ROWS
 from zerograph.config.support_zero import ZERO_ROWS
 
 _PRECISION = (
+    *built("fp16.enabled"),
     *built(
         under(
             "fp16",
-            "enabled loss_scale initial_scale_power loss_scale_window hysteresis "
-            "consecutive_hysteresis min_loss_scale",
-        )
+            "loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis "
+            "min_loss_scale",
+        ),
+        "it decides the loss scale, which is an input of the graph",
     ),
     *advises("fp16.auto_cast", "floating inputs are always cast to the type of the parameters"),
     *refused(
@@ -42,7 +44,8 @@ _PRECISION = (
         False,
     ),
     *dormant("amp"),
-    *built("torch_autocast.enabled torch_autocast.dtype"),
+    *built("torch_autocast.enabled"),
+    *built("torch_autocast.dtype", "bfloat16 is the only type"),
     *advises(
         "torch_autocast.lower_precision_safe_modules",
         "gradients are reduced in the type of their parameter; communication_data_type gives another",
@@ -117,7 +120,10 @@ _REST = (
         "disable_allgather", "new parameters are gathered wherever they are sharded", OFF, False
     ),
     *advises("graph_harvesting", "the whole step is one graph already"),
-    *built("zero_allow_untested_optimizer"),
+    *built(
+        "zero_allow_untested_optimizer",
+        "it permits an optimizer of your own; the graph shows which one is used",
+    ),
     *advises("zero_force_ds_cpu_optimizer", "nothing is offloaded, so no CPU optimizer is used"),
     *advises(
         "steps_per_print wall_clock_breakdown memory_breakdown dump_state log_level timers",

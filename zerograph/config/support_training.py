@@ -2,15 +2,22 @@
 
 from zerograph.config.row import OFF, advises, built, refused, under
 
+_OPTION = "an option of the parameter groups, which the update reads at every step"
+
 TRAINING_ROWS = (
     *built("train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps"),
-    *built("gradient_clipping bf16.enabled optimizer.type scheduler.type"),
+    *built("gradient_clipping bf16.enabled optimizer.type"),
+    *built(under("optimizer.params", "adam_w_mode amsgrad momentum")),
     *built(
         under(
             "optimizer.params",
-            "lr betas eps weight_decay adam_w_mode torch_adam amsgrad maximize momentum dampening "
-            "nesterov lr_decay initial_accumulator_value",
-        )
+            "lr betas eps weight_decay maximize dampening nesterov lr_decay initial_accumulator_value",
+        ),
+        _OPTION,
+    ),
+    *built(
+        "optimizer.params.torch_adam",
+        f"it gives weight_decay torch's default; that is {_OPTION}",
     ),
     *refused("optimizer.params.bias_correction", "Adam corrects its bias", "leave it out", True),
     *refused(
@@ -31,11 +38,13 @@ TRAINING_ROWS = (
         "one generated kernel updates each bucket, and gradients live in the graph",
     ),
     *built(
-        under(
+        "scheduler.type "
+        + under(
             "scheduler.params",
             "warmup_min_lr warmup_max_lr warmup_num_steps warmup_type total_num_steps "
             "warmup_min_ratio cos_min_ratio",
-        )
+        ),
+        f"it sets lr between steps; that is {_OPTION}",
     ),
     *refused(
         "scheduler.params.last_batch_iteration",

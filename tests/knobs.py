@@ -1,0 +1,390 @@
+"""What each key of the config changes in the graph of a small model: the table behind docs/knobs.md.
+
+Whoever builds a key that changes the graph adds a Knob here and runs
+`pytest tests/test_knobs.py --accept-graphs`, then `python -m tests.knobs`, which writes docs/knobs.md.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tests import tiny
+from tests.keys import all_leaves
+from zerograph.changes import changes, unified
+from zerograph.config import load_config
+from zerograph.config.check import given, row_for, show
+from zerograph.config.row import Row
+from zerograph.layout import layout_of
+from zerograph.plan import Plan, plan_of
+from zerograph.precision import Precision, precision_of
+from zerograph.trace import Trace, trace
+
+PAGE = Path(__file__).parent.parent / "docs" / "knobs.md"
+GOLDENS = Path(__file__).parent / "goldens" / "knobs"
+FOLDED = 40
+"""Longer diffs are folded on the page."""
+WORLD = 8
+MODELS: dict[str, Callable[[], nn.Module]] = {"blocks": tiny.Blocks, "tied": tiny.Tied}
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One change of one key, and what it does to the graph, in words."""
+
+    key: str
+    words: str
+    before: Config
+    after: Config
+    variant: str = ""
+    """Tells apart several changes of one key."""
+    model: str = "blocks"
+
+    @property
+    def name(self) -> str:
+        """The name of its golden."""
+        return self.key + (f".{self.variant}" if self.variant else "")
+
+    def diff(self) -> str:
+        """From the skeleton before to the skeleton after, and what changed in bytes and peak."""
+        before, after = (
+            planned(config, self.model).text(skeleton=True) for config in (self.before, self.after)
+        )
+        lines = [*unified(before, after, context=1), "", *changes(before, after)]
+        return "".join(f"{line}\n" for line in lines)
+
+
+def planned(config: Config, model: str = "blocks") -> Plan:
+    """The plan of one of MODELS for WORLD ranks."""
+    loaded = load_config(config)
+    return plan_of(trace_of(model, precision_of(MODELS[model](), loaded)), loaded)
+
+
+@functools.cache
+def trace_of(model: str, precision: Precision) -> Trace:
+    """A config decides a trace through its precision alone, so plans share them."""
+    torch.manual_seed(0)
+    made = MODELS[model]()
+    layout, device = layout_of(made, WORLD, precision), torch.device("cpu")
+    return trace(made, (), tiny.batch(), layout=layout, precision=precision, device=device)
+
+
+def base(stage: int = 3, **more: Any) -> dict[str, Any]:
+    return tiny.config(stage, **more)
+
+
+def zero(**more: Any) -> dict[str, Any]:
+    """Stage 3 with other keys of its section."""
+    return base(zero_optimization={"stage": 3, **more})
+
+
+def optimizer(kind: str, **params: Any) -> dict[str, Any]:
+    return base(optimizer={"type": kind, "params": {"lr": 1e-3, **params}})
+
+
+BF16 = {"bf16": {"enabled": True}}
+MICRO = {"train_micro_batch_size_per_gpu": 4}
+
+KNOBS = (
+    Knob(
+        "zero_optimization.stage",
+        "Each rank updates its own slice of every bucket and keeps optimizer states for it alone: "
+        "the all-reduce of gradients becomes a reduce-scatter, and updated parameters are gathered.",
+        base(0),
+        base(1),
+        "0-1",
+    ),
+    Knob(
+        "zero_optimization.stage",
+        "Gradients are kept as slices too: the reduce-scatter moves from the step into the "
+        "backward, behind each bucket's last gradient.",
+        base(1),
+        base(2),
+        "1-2",
+    ),
+    Knob(
+        "zero_optimization.stage",
+        "Parameters are kept as slices too: each bucket is gathered before its use in the forward and in the "
+        "backward and released after it; nothing is gathered after the update.",
+        base(2),
+        base(3),
+        "2-3",
+    ),
+    Knob(
+        "zero_optimization.stage3_prefetch_bucket_size",
+        "At 0 every gather starts just in time, where it is waited for; above, up to so many "
+        "elements start earlier.",
+        zero(),
+        zero(stage3_prefetch_bucket_size=0),
+    ),
+    Knob(
+        "zero_optimization.stage3_max_live_parameters",
+        "No more gathered elements are alive at once, so gathers start later.",
+        zero(),
+        zero(stage3_max_live_parameters=512),
+    ),
+    Knob(
+        "zero_optimization.stage3_max_reuse_distance",
+        "A bucket that is used twice in one region (here a matrix at the start and at the end) is "
+        "released and gathered again, if more elements than this are used in between.",
+        zero(),
+        zero(stage3_max_reuse_distance=0),
+        model="tied",
+    ),
+    Knob(
+        "gradient_accumulation_steps",
+        "Each backward's gradients weigh one over the number of micro-batches.",
+        base(**MICRO),
+        base(**MICRO, gradient_accumulation_steps=4),
+    ),
+    Knob(
+        "train_batch_size",
+        "With the micro-batch given it decides the number of micro-batches: 128 = 4 x 4 x 8 ranks.",
+        base(**MICRO),
+        base(**MICRO, train_batch_size=128),
+    ),
+    Knob(
+        "train_micro_batch_size_per_gpu",
+        "With the batch given it decides the number of micro-batches: 128 = 4 x 4 x 8 ranks.",
+        base(train_batch_size=128),
+        base(train_batch_size=128, **MICRO),
+    ),
+    Knob(
+        "gradient_clipping",
+        "At 0 the update has no factor. The norm is computed all the same, for get_global_grad_norm().",
+        base(),
+        base(gradient_clipping=0.0),
+    ),
+    Knob(
+        "bf16.enabled",
+        "Parameters, activations and gathers are bf16, gradients are reduced in bf16 and kept in fp32, "
+        "and the update works on fp32 master slices. A step that is not finite is skipped.",
+        base(),
+        base(**BF16),
+    ),
+    Knob(
+        "bf16.check_grad_overflow",
+        "When it is false, a step that is not finite is applied.",
+        base(**BF16),
+        base(bf16={"enabled": True, "check_grad_overflow": False}),
+    ),
+    Knob(
+        "fp16.enabled",
+        "The same in fp16. What arrives at the backward is multiplied by the loss scale, which "
+        "the update divides out.",
+        base(),
+        base(fp16={"enabled": True}),
+    ),
+    Knob(
+        "torch_autocast.enabled",
+        "The forward runs under torch.autocast: its products are bf16. Parameters, gradients and "
+        "collectives stay as they are.",
+        base(),
+        base(torch_autocast={"enabled": True}),
+    ),
+    Knob(
+        "communication_data_type",
+        "Gradients are reduced in this type.",
+        base(),
+        base(communication_data_type="bf16"),
+    ),
+    Knob(
+        "data_types.grad_accum_dtype",
+        "Gradients are kept in this type between backward and step.",
+        base(**BF16),
+        base(**BF16, data_types={"grad_accum_dtype": "bf16"}),
+    ),
+    Knob(
+        "prescale_gradients",
+        "Gradients are divided by the number of ranks before the sum, not after it.",
+        base(),
+        base(prescale_gradients=True),
+    ),
+    Knob(
+        "gradient_predivide_factor",
+        "Gradients are divided by the factor before the sum, and by the rest after it.",
+        base(),
+        base(gradient_predivide_factor=2.0),
+    ),
+    Knob(
+        "gradient_allreduce_op",
+        "Gradients are summed over ranks and divided by nothing.",
+        base(),
+        base(gradient_allreduce_op="sum"),
+    ),
+    Knob(
+        "compile.weighted_accumulation",
+        "Losses carry weights; their sum over micro-batches and ranks is reduced in the step and "
+        "divided out. A step that is not finite is skipped.",
+        base(),
+        base(compile={"weighted_accumulation": True}),
+    ),
+    Knob(
+        "optimizer.type",
+        "Another rule, with no state without momentum.",
+        optimizer("AdamW"),
+        optimizer("SGD"),
+        "sgd",
+    ),
+    Knob(
+        "optimizer.type",
+        "Another rule, with one state.",
+        optimizer("AdamW"),
+        optimizer("Adagrad"),
+        "adagrad",
+    ),
+    Knob(
+        "optimizer.type",
+        "Another rule, with one state.",
+        optimizer("AdamW"),
+        optimizer("Lion"),
+        "lion",
+    ),
+    Knob(
+        "optimizer.params.adam_w_mode",
+        "When it is false, weight decay acts on the gradient: the rule is adam, not adamw.",
+        optimizer("Adam"),
+        optimizer("Adam", adam_w_mode=False),
+    ),
+    Knob(
+        "optimizer.params.amsgrad",
+        "One state more.",
+        optimizer("AdamW"),
+        optimizer("AdamW", amsgrad=True),
+    ),
+    Knob(
+        "optimizer.params.momentum",
+        "Above 0 there is a state for it.",
+        optimizer("SGD"),
+        optimizer("SGD", momentum=0.9),
+    ),
+)
+
+
+def values(knob: Knob) -> dict[str, tuple[object, object]]:
+    """The keys that a knob's configs differ in, with their values before and after."""
+    before, after = (dict(given(load_config(config))) for config in (knob.before, knob.after))
+    default = all_leaves()
+    pairs = {
+        key: (before.get(key, default[key]), after.get(key, default[key]))
+        for key in {**before, **after}
+    }
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+# Keys without a golden diff
+
+
+@dataclass(frozen=True)
+class Silent:
+    """Keys without an effect on the graph, by what the table of what is built says of them."""
+
+    title: str
+    words: str
+    holds: Callable[[Row], bool]
+    heading: str
+
+
+SILENT = (
+    Silent(
+        "Built, and not in the graph",
+        "These keys do what they do in DeepSpeed, outside the graph or through its inputs.",
+        lambda row: row.kind == "built" and bool(row.here),
+        "Why the graph is the same",
+    ),
+    Silent(
+        "Accepted, and only advice",
+        "These keys change nothing. A plan whose config gives one says so in `plan.advisory`.",
+        lambda row: row.kind == "advises",
+        "What happens instead",
+    ),
+    Silent(
+        "Refused unless off",
+        "What these keys ask for is not built. Only values that ask for what happens anyway are accepted.",
+        lambda row: row.kind == "refused",
+        "What happens anyway",
+    ),
+    Silent(
+        "Details of what is refused",
+        "These keys refine keys that are refused or only advise, so they have no effect.",
+        lambda row: row.kind == "dormant",
+        "",
+    ),
+)
+
+
+def keys() -> dict[str, Row]:
+    """Every key of the config with its row in the table of what is built."""
+    return {path: row_for(path) for path in all_leaves()}
+
+
+def shown_keys() -> set[str]:
+    """Keys that have a golden diff."""
+    return {knob.key for knob in KNOBS}
+
+
+def silent() -> dict[str, Silent]:
+    """Keys without an effect on the graph; a key that is neither here nor in KNOBS is a defect."""
+    found = {}
+    for path, row in keys().items():
+        holding = [each for each in SILENT if each.holds(row)]
+        if holding and path not in shown_keys():
+            found[path] = holding[0]
+    return found
+
+
+# The page
+
+HEAD = """# What each config key changes
+
+Every key of the config is on this page. The first part shows, for each key that changes the graph, the
+difference that it makes to a small model (two blocks behind a frozen layer, 8 ranks, stage 3 and AdamW
+unless said otherwise), as skeletons, in which runs of aten operators are folded. Each is a golden file in
+`tests/goldens/knobs`, so a change of it fails a test. The second part lists the keys that change no
+graph, with the reason; a test plans with other values of each and compares.
+
+`python -m tests.knobs` writes this page from `tests/knobs.py` and from the table in
+`zerograph/config/support.py`.
+
+## Keys that change the graph
+"""
+
+
+def page() -> str:
+    """docs/knobs.md."""
+    parts = [HEAD, *map(_entry, KNOBS)]
+    parts += [f"## {each.title}\n\n{each.words}\n\n{_table(each)}\n" for each in SILENT]
+    return "\n".join(parts)
+
+
+def _entry(knob: Knob) -> str:
+    (before, after) = values(knob)[knob.key]
+    diff = (GOLDENS / f"{knob.name}.diff").read_text()
+    change = f"`{show(before)}` to `{show(after)}`"
+    block = f"```diff\n{diff}```"
+    if diff.count("\n") > FOLDED:
+        block = f"<details><summary>The diff</summary>\n\n{block}\n\n</details>"
+    return f"### `{knob.key}`: {change}\n\n{knob.words}\n\n{block}\n"
+
+
+def _table(each: Silent) -> str:
+    rows: dict[str, list[str]] = {}
+    for path, holding in silent().items():
+        if holding is each:
+            rows.setdefault(row_for(path).here, []).append(f"`{path}`")
+    if not each.heading:
+        return "\n".join(f"- {path}" for paths in rows.values() for path in paths)
+    lines = [f"| Keys | {each.heading} |", "|---|---|"]
+    return "\n".join(
+        [*lines, *(f"| {', '.join(paths)} | {here} |" for here, paths in rows.items())]
+    )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

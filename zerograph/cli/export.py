@@ -25,11 +25,11 @@ def export(
     ] = None,
 ) -> None:
     """Write a plan in the form of another tool."""
+    if chrome is None and dot is None:
+        raise PlanError("nothing to write: give --chrome trace.json, --dot graph.dot, or both")
     from zerograph.export import chrome_trace  # type: ignore
     from zerograph.export import dot as graph  # type: ignore
 
-    if chrome is None and dot is None:
-        raise PlanError("nothing to write: give --chrome trace.json, --dot graph.dot, or both")
     document = document_of(target, config, options)
     if chrome is not None:
         Path(chrome).write_text(chrome_trace(document, recording_from(run)), encoding="utf-8")

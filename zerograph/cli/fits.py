@@ -49,7 +49,7 @@ def _parts(found: Fit, given: str, cluster: str) -> Iterator[RenderableType]:
     yield title(f"fits in {given}, the fastest on {cluster} first")
     if found.fits:
         yield _table(
-            found.fits, ("step", "peak"), lambda c: (duration(c.seconds), size(c.memory.peak))
+            found.fits, (">step", ">peak"), lambda c: (duration(c.seconds), size(c.memory.peak))
         )
     else:
         yield Text("  nothing")
@@ -57,7 +57,7 @@ def _parts(found: Fit, given: str, cluster: str) -> Iterator[RenderableType]:
         yield Text()
         yield title("does not fit")
         yield _table(
-            found.exceeds, ("peak", "at the peak"), lambda c: (size(c.memory.peak), c.why())
+            found.exceeds, (">peak", "at the peak"), lambda c: (size(c.memory.peak), c.why())
         )
     if found.refused:
         yield Text()
@@ -68,7 +68,7 @@ def _parts(found: Fit, given: str, cluster: str) -> Iterator[RenderableType]:
 def _table(candidates: Sequence[Candidate], names: Sequence[str], last: Any) -> RenderableType:
     choice = list(candidates[0].choice)
     rows = [[*(_shown(c.choice[name]) for name in choice), *last(c)] for c in candidates]
-    return table([f">{name}" for name in choice] + [f">{names[0]}", names[1]], rows)
+    return table([*(f">{name}" for name in choice), *names], rows)
 
 
 def _shown(value: Any) -> str:

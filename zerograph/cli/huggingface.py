@@ -1,7 +1,8 @@
 """A config of transformers as a model with example inputs. Nothing is downloaded.
 
 The model's class is the first of the config's `architectures`, else that of the first of _TASKS which knows
-the config. The cache of keys and values, which training does not read, is off.
+the config. The cache of keys and values, which training does not read, is off; a decoder begins with token 0
+where the config does not say with which.
 """
 
 import inspect
@@ -88,6 +89,8 @@ def model_of(config: Any) -> nn.Module:
     kind = _class_of(config)
     if getattr(config, "use_cache", False):
         config.use_cache = False
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = 0
     try:
         with torch.device("meta"):
             model: nn.Module = kind(config)

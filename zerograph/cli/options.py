@@ -9,7 +9,7 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="module:factory, or a config of transformers: a config.json, or a class and its arguments."
+        help="module:factory, or a config of transformers: a config.json, or a class and its arguments.",
     ),
 ]
 Target = Annotated[

@@ -7,7 +7,7 @@ import typer
 from zerograph.cli import fits, tables
 from zerograph.cli.app import command
 from zerograph.cli.options import Config, Json, Model, Options, Output
-from zerograph.cli.planning import cluster_from, plan_for
+from zerograph.cli.planning import planned
 
 
 @command
@@ -26,7 +26,7 @@ def plan(
     if fit is not None:
         fits.search(model, config, options, fit, json, output)
         return
-    document = plan_for(model, config, options).document(cluster_from(options.cluster))
+    document = planned(model, config, options)
     if output is not None:
         document.save(output)
     if json:

@@ -15,7 +15,7 @@ from zerograph.cost import CLUSTERS, Cluster
 from zerograph.document import Document
 from zerograph.errors import PlanError, ZerographError, suggestion
 from zerograph.fit import with_micro_batch
-from zerograph.plan import Plan, plan_of, trace_of
+from zerograph.plan import plan_of, trace_of
 from zerograph.trace import Trace
 
 _DEVICES = ("cpu", "cuda")
@@ -25,7 +25,7 @@ def document_of(target: str, config: str | None, options: Options) -> Document:
     """A saved plan, or the plan of MODEL under `config`."""
     if is_saved(target):
         return Document.load(target)
-    return plan_for(target, config, options).document(cluster_from(options.cluster))
+    return planned(target, config, options)
 
 
 def is_saved(target: str) -> bool:
@@ -42,10 +42,10 @@ def is_saved(target: str) -> bool:
     return not isinstance(given, dict) or "model_type" not in given
 
 
-def plan_for(model: str, config: str | None, options: Options) -> Plan:
+def planned(model: str, config: str | None, options: Options) -> Document:
     """The plan of MODEL under the config in a file. Raises ZerographError for anything that fails."""
-    loaded = config_from(config, options)
-    return plan_of(trace_for(model, loaded, options), loaded)
+    cluster, loaded = cluster_from(options.cluster), config_from(config, options)
+    return plan_of(trace_for(model, loaded, options), loaded).document(cluster)
 
 
 def config_from(path: str | None, options: Options) -> ZeroConfig:

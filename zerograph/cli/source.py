@@ -92,7 +92,7 @@ def _split(given: str) -> tuple[str, str]:
     head, colon, rest = given.partition(":")
     if colon and "(" not in head:
         return head, rest
-    if given.partition("(")[0].strip().endswith("Config"):
+    if "(" in given or given.endswith("Config"):
         return "transformers", given
     raise PlanError(f"no model {given!r}; {_FORMS}")
 

@@ -117,18 +117,6 @@ def test_advice_is_printed(tmp_path: Path) -> None:
     assert "  zero_optimization.overlap_comm=true: " in ok("plan", *BLOCKS, "--config", path)
 
 
-def test_batch_changes_the_accumulation(tmp_path: Path) -> None:
-    path = tmp_path / "ds.json"
-    path.write_text(json.dumps(tiny.config(3, train_batch_size=64, gradient_accumulation_steps=1)))
-    given = [LLAMA, "--seq", 8, "--world-size", 8, "--config", path, "--json"]
-    document = json.loads(ok("plan", *given, "--batch", 2))
-    assert document["config"]["train_micro_batch_size_per_gpu"] == 2
-    assert "gradient_accumulation_steps" not in document["config"]
-    forward = next(line[0] for line in document["lines"] if line[0].startswith("forward("))
-    assert "%input_ids: i64[2,8]" in forward
-    assert refused("plan", *given, "--batch", 3).endswith("instead of train_batch_size")
-
-
 # MODEL
 
 
@@ -253,6 +241,19 @@ def test_what_configs_do_not_allow(factories: Path) -> None:
     Path("seven.json").write_text(json.dumps(tiny.config(3, train_batch_size=7)))
     said = refused("plan", pair, "--config", "seven.json", "--world-size", 4)
     assert "train_batch_size=7 is not a multiple of" in said
+
+
+def test_batch_changes_the_accumulation(factories: Path) -> None:
+    config = tiny.config(3, train_batch_size=64, gradient_accumulation_steps=1)
+    Path("ds.json").write_text(json.dumps(config))
+    given = [f"{factories}:pair", "--world-size", 8, "--config", "ds.json", "--json"]
+    document = json.loads(ok("plan", *given, "--batch", 2))
+    assert document["config"]["train_micro_batch_size_per_gpu"] == 2
+    assert "gradient_accumulation_steps" not in document["config"]
+    assert any(line[0].startswith("forward(%target: f32[2,8]") for line in document["lines"])
+    usual = json.loads(ok("plan", *given))
+    assert any(line[0].startswith("forward(%target: f32[8,8]") for line in usual["lines"])
+    assert refused("plan", *given, "--batch", 3).endswith("instead of train_batch_size")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA tensors can be made here")

@@ -1,6 +1,7 @@
 """Which settings fit: the search, its order, and what it says of the rest."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -143,21 +144,28 @@ def test_what_is_no_amount_of_memory(given: str) -> None:
 
 # On the command line
 
-LLAMA = (
-    "LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, "
-    "num_attention_heads=2)"
-)
+FACTORY = """
+import torch
+from tests import tiny
+
+def pair(batch):
+    return tiny.Mlp(), {name: torch.empty(batch, 8) for name in ("x", "target")}
+"""
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Path:
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A config with a global batch of 16, in a directory with a factory for any micro-batch."""
+    (tmp_path / "fitted.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(tiny.config(0, train_batch_size=16)))
     return path
 
 
 def test_fit_command(config: Path, tmp_path: Path) -> None:
-    command = ["plan", LLAMA, "--config", config, "--world-size", 8, "--seq", 8]
+    command = ["plan", "fitted:pair", "--config", config, "--world-size", 8]
     found = json.loads(run(*command, "--fit", "1GB", "--json").stdout)
     assert len(found["fits"]) == 8 and found["budget"] == 10**9
     peaks = sorted(entry["peak"] for entry in found["fits"])

@@ -117,6 +117,12 @@ def test_advice_is_printed(tmp_path: Path) -> None:
     assert "  zero_optimization.overlap_comm=true: " in ok("plan", *BLOCKS, "--config", path)
 
 
+def test_no_world_is_too_large_and_none_is_started(folder: Path) -> None:
+    given = ["plan", *BLOCKS[:-1], 65_536, "--config", folder / "3.json"]
+    assert "  65,536 ranks  " in ok(*given).splitlines()[0]
+    assert not torch.distributed.is_initialized()
+
+
 # MODEL
 
 
@@ -187,6 +193,8 @@ def test_factories(factories: Path) -> None:
     assert from_pair == ok("show", f"{factories}:alone", *options, *INPUTS)
     assert "%x: f32[2,6]" in ok("show", f"{factories}:pair(width=6)", *options, "--batch", 2)
     assert "%x: f32[5,8]" in ok("show", f"{factories}:pair(5)", *options)
+    built = build(f"{factories}:pair", [], None, None)
+    assert {t.device.type for t in (*built.model.parameters(), *built.inputs.values())} == {"meta"}
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def fold(buckets: Sequence[BucketEntry]) -> list[list[BucketEntry]]:
 def _kind(bucket: BucketEntry) -> tuple[object, ...]:
     params = tuple(_without_numbers(name) for name in bucket.params)
     block = _without_numbers(bucket.block)
-    return block, params, bucket.shapes, bucket.dtype, bucket.trainable, bucket.numel
+    return block, params, bucket.shapes, bucket.dtype, bucket.trainable
 
 
 def _without_numbers(name: str) -> str:

@@ -5,7 +5,6 @@ gather 5 -> 7 (+64.0 KiB)  peak 851.8 -> 827.1 KiB  step on h100 1.20 -> 1.14 ms
 """
 
 import difflib
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zerograph.document import Document, TrafficEntry
@@ -39,19 +38,14 @@ def difference(
     """Compare the texts of two plans. Raises PlanError for two models, unless `any_model` allows them."""
     if not any_model:
         _require_one_model(before, after, names)
-    lines = unified(
-        before.text(skeleton=skeleton).splitlines(),
-        after.text(skeleton=skeleton).splitlines(),
-        names,
-    )
+    lines = unified(before.text(skeleton=skeleton), after.text(skeleton=skeleton), names)
     return Difference(tuple(lines), costs(before, after))
 
 
-def unified(
-    before: Sequence[str], after: Sequence[str], names: tuple[str, str] = ("before", "after")
-) -> list[str]:
-    """A unified diff of two texts, in lines; empty if they are the same."""
-    return list(difflib.unified_diff(before, after, *names, lineterm=""))
+def unified(before: str, after: str, names: tuple[str, str] = ("before", "after")) -> list[str]:
+    """The lines of a unified diff of two texts, without line ends; empty if they are the same."""
+    old, new = before.splitlines(), after.splitlines()
+    return list(difflib.unified_diff(old, new, *names, lineterm=""))
 
 
 def costs(before: Document, after: Document) -> str:

@@ -89,10 +89,8 @@ def run(graph: TrainGraph, passes: Sequence[Pass], *, keep_text: bool = True) ->
 def _record(
     name: str, did: str, graph: TrainGraph, seconds: float, check: float, keep_text: bool
 ) -> Record:
-    if not keep_text:
-        return Record(name, did, (), (), seconds, check)
-    full = tuple(lines(graph, name))
-    skeleton = tuple(lines(graph, name, skeleton=True, last=full[-1]))
+    full = tuple(lines(graph, name)) if keep_text else ()
+    skeleton = tuple(lines(graph, name, skeleton=True)) if keep_text else ()
     return Record(name, did, full, skeleton, seconds, check)
 
 

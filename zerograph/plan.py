@@ -141,7 +141,7 @@ class Plan:
     def diff(self, other: "Plan", *, skeleton: bool = False) -> str:
         """A unified diff from this plan's text to `other`'s; empty if they are the same."""
         before, after = self.text(skeleton=skeleton), other.text(skeleton=skeleton)
-        return "\n".join(unified(before.splitlines(), after.splitlines()))
+        return "\n".join(unified(before, after))
 
     def short(self) -> str:
         """A few lines for a person: buckets, collectives, memory, and what the config advises."""

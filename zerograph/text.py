@@ -55,10 +55,8 @@ def text(graph: TrainGraph, after: str, *, skeleton: bool = False) -> str:
     return "".join(f"{line.text}\n" for line in lines(graph, after, skeleton=skeleton))
 
 
-def lines(
-    graph: TrainGraph, after: str, *, skeleton: bool = False, last: Line | None = None
-) -> list[Line]:
-    """The lines of the canonical text; `last` is the summary, if it is known already."""
+def lines(graph: TrainGraph, after: str, *, skeleton: bool = False) -> list[Line]:
+    """The lines of the canonical text."""
     names = _folded(_names(graph)) if skeleton else _names(graph)
     head = f"# zerograph {VERSION} | {graph.model} | stage {graph.stage} | world {graph.world}"
     found = [
@@ -72,7 +70,7 @@ def lines(
             found.append(Line(f"{region}({_arguments(graph, region, names)})", region))
             found += _skeleton(nodes, names) if skeleton else [_line(n, names) for n in nodes]
             found += [Line(each, region) for each in _returns(graph, region, names)]
-    found.append(last or Line(summary(graph)))
+    found.append(Line(summary(graph)))
     return found
 
 

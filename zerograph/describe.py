@@ -49,6 +49,7 @@ def describe(
                 dtype=short(b.dtype),
                 trainable=b.trainable,
                 params=b.params,
+                shapes=tuple(graph.layout.params[name].shape for name in b.params),
                 numel=b.numel,
                 shard_numel=b.shard_numel,
             )

@@ -12,10 +12,11 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from zerograph.countable import Countable
-from zerograph.errors import PlanError
+from zerograph.errors import PlanError, suggestion
+from zerograph.ir import REGIONS
 from zerograph.text import Line
 
 FORMAT: Literal[1] = 1
@@ -33,6 +34,8 @@ class BucketEntry(_Entry):
     dtype: str
     trainable: bool
     params: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    """One for each of `params`."""
     numel: int
     shard_numel: int
 
@@ -133,6 +136,17 @@ class Document(_Entry, Countable):
     lines: tuple[Line, ...]
     """Every distinct line of the texts of all passes, once."""
 
+    @model_validator(mode="after")
+    def _whole(self) -> "Document":
+        used = [index for p in self.passes for index in (*p.full, *p.skeleton)]
+        if not used or not 0 <= min(used) <= max(used) < len(self.lines):
+            raise ValueError("its passes and its lines do not belong together")
+        if not -1 <= self.memory.peak_node < len(self.nodes):
+            raise ValueError("its peak and its nodes do not belong together")
+        if any(len(b.params) != len(b.shapes) for b in self.buckets):
+            raise ValueError("a bucket has not one shape for each parameter")
+        return self
+
     def text(
         self,
         after: str | None = None,
@@ -156,14 +170,29 @@ class Document(_Entry, Countable):
         region: str | None = None,
         layer: str | None = None,
     ) -> list[Line]:
-        """The lines of `text`."""
+        """The lines of `text`. Raises PlanError for a pass, region or layer that the plan does not have."""
         entry = self.after(after)
         found = [self.lines[i] for i in (entry.skeleton if skeleton else entry.full)]
         if region is not None:
+            if region not in REGIONS:
+                raise PlanError(f"no region {region!r}{suggestion(region, REGIONS)}")
             found = [line for line in found if line.region == region]
         if layer is not None:
+            if not any(_of_layer(line, layer) for line in self.lines):
+                raise PlanError(f"no layer {layer!r}{suggestion(layer, self.layers())}")
             found = [line for line in found if _of_layer(line, layer)]
         return found
+
+    def layers(self) -> list[str]:
+        """Every module that a line is of, those above it, and the buckets."""
+        modules = dict.fromkeys(line.module for line in self.lines if line.module)
+        parts = [module.split(".") for module in modules]
+        above = (".".join(p[:n]) for p in parts for n in range(1, len(p) + 1))
+        return list(dict.fromkeys([*above, *(bucket.name for bucket in self.buckets)]))
+
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter, by name."""
+        return {n: shape for b in self.buckets for n, shape in zip(b.params, b.shapes, strict=True)}
 
     def after(self, name: str | None) -> PassEntry:
         """A pass by name; the last one for None. Raises PlanError."""
@@ -172,8 +201,7 @@ class Document(_Entry, Countable):
         for entry in self.passes:
             if entry.name == name:
                 return entry
-        names = ", ".join(entry.name for entry in self.passes)
-        raise PlanError(f"no pass {name!r}; the passes are {names}")
+        raise PlanError(f"no pass {name!r}{suggestion(name, [p.name for p in self.passes])}")
 
     def dumps(self) -> str:
         """JSON, keys in the order of this class."""
@@ -190,6 +218,12 @@ class Document(_Entry, Countable):
         """A saved plan. Raises PlanError, in one line, for a file that is none."""
         try:
             given = json.loads(Path(path).read_text())
+            version = given.get("format") if isinstance(given, dict) else None
+            if isinstance(version, int) and version != FORMAT:
+                raise PlanError(
+                    f"{path} is a saved plan of format {version}, and this zerograph reads format {FORMAT}; "
+                    "save it again"
+                )
             return Document.model_validate(given)
         except OSError as error:
             raise PlanError(f"{path}: {error.strerror}") from error
@@ -197,6 +231,8 @@ class Document(_Entry, Countable):
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the file"
             raise PlanError(f"{path} is not a saved plan: {where}: {first['msg']}") from error
+        except PlanError:
+            raise
         except ValueError as error:
             raise PlanError(f"{path} is not a saved plan: {error}") from error
 

@@ -4,6 +4,9 @@ Every message says what is wrong, where it is (a config key, a parameter name, a
 how to mend it. Faults in zerograph itself are `AssertionError`, never one of these.
 """
 
+import difflib
+from collections.abc import Collection
+
 
 class ZerographError(ValueError):
     """The root of all errors that a user of zerograph can mend."""
@@ -35,3 +38,12 @@ class LossScaleError(ZerographError):
 
 class ProgramWarning(UserWarning):
     """Given when calls of an engine need many programs, or one for each shape."""
+
+
+def suggestion(name: str, names: Collection[str]) -> str:
+    """The end of a message about an unknown name: the nearest of `names`, else all of a few."""
+    folded = {each.lower(): each for each in names}
+    near = difflib.get_close_matches(name.lower(), folded, n=1)
+    if near:
+        return f"; did you mean {folded[near[0]]!r}?"
+    return f"; there are {', '.join(names)}" if 0 < len(names) <= 20 else ""

@@ -9,7 +9,6 @@
 For the same model, inputs, config, world size and device it is byte for byte `engine.plan`.
 """
 
-import difflib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from zerograph.cost import (
 )
 from zerograph.countable import Countable
 from zerograph.describe import describe
+from zerograph.diff import unified
 from zerograph.document import Document
 from zerograph.errors import PlanError
 from zerograph.ir import Region, TrainGraph, is_call
@@ -148,9 +148,8 @@ class Plan(Countable):
 
     def diff(self, other: "Plan", *, skeleton: bool = False) -> str:
         """A unified diff from this plan's text to `other`'s; empty if they are the same."""
-        before = self.text(skeleton=skeleton).splitlines()
-        after = other.text(skeleton=skeleton).splitlines()
-        return "\n".join(difflib.unified_diff(before, after, "before", "after", lineterm=""))
+        before, after = self.text(skeleton=skeleton), other.text(skeleton=skeleton)
+        return "\n".join(unified(before, after))
 
     def short(self) -> str:
         """A few lines for a person: buckets, collectives, memory, and what the config advises."""
@@ -196,14 +195,27 @@ def plan(
     """
     loaded = load_config(config)
     loaded.batch(world_size)
-    precision = precision_of(model, loaded)
     client = None if optimizer is None else client_of(optimizer, model, loaded, param_groups)
-    layout = layout_of(model, world_size, precision, client.groups if client else param_groups)
+    groups = client.groups if client else param_groups
+    traced = trace_of(model, loaded, example_inputs, world_size, device, groups)
+    return plan_of(traced, loaded, arriving, client)
+
+
+def trace_of(
+    model: nn.Module,
+    config: ZeroConfig,
+    example_inputs: Any,
+    world_size: int,
+    device: str | torch.device = "cpu",
+    groups: Sequence[Mapping[str, Any]] | None = None,
+) -> Trace:
+    """The trace that `plan` rewrites. It serves every config that differs from `config` in no precision."""
+    precision = precision_of(model, config)
+    layout = layout_of(model, world_size, precision, groups)
     args, kwargs = call_of(example_inputs)
-    traced = trace(
+    return trace(
         model, args, kwargs, layout=layout, precision=precision, device=torch.device(device)
     )
-    return plan_of(traced, loaded, arriving, client)
 
 
 def _cluster(given: Cluster | str) -> Cluster:
@@ -224,13 +236,17 @@ def plan_of(
     config: ZeroConfig,
     arriving: Sequence[str] | None = None,
     client: Client | None = None,
+    *,
+    keep_text: bool = True,
 ) -> Plan:
-    """Run the passes on a copy of a traced graph."""
+    """Run the passes on a copy of a traced graph. `keep_text` keeps the text after each."""
     graph = traced.graph.copy()
     if arriving is None:
         arriving = default_arriving(graph)
     spec = optimizer_of(config, graph.layout, client)
-    history = pipeline.run(graph, passes_for(config, graph, tuple(arriving), spec))
+    history = pipeline.run(
+        graph, passes_for(config, graph, tuple(arriving), spec), keep_text=keep_text
+    )
     return Plan(graph, history, config, spec)
 
 

@@ -97,7 +97,7 @@ class Precision:
         )
 
 
-_SHORT = {
+SHORT = {
     torch.float64: "f64",
     torch.float32: "f32",
     torch.float16: "f16",
@@ -111,11 +111,12 @@ _SHORT = {
     torch.complex64: "c64",
     torch.complex128: "c128",
 }
+"""How canonical text spells each dtype."""
 
 
 def short(dtype: torch.dtype) -> str:
     """The dtype's name in canonical text: `f32`, `bf16`, `i64`."""
-    return _SHORT.get(dtype, str(dtype).removeprefix("torch."))
+    return SHORT.get(dtype, str(dtype).removeprefix("torch."))
 
 
 _NAMED = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -96,6 +96,17 @@ def size(count: int) -> str:
     raise AssertionError
 
 
+def duration(seconds: float) -> str:
+    """Seconds with a unit, to three digits: `12.3 ms`, `1.20 s`."""
+    value, units = seconds * 1e6, ("us", "ms", "s")
+    for unit in units:
+        if value < 999.5 or unit == units[-1]:
+            digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
+            return f"{value:.{digits}f} {unit}"
+        value /= 1000
+    raise AssertionError
+
+
 def _sizes(graph: TrainGraph) -> Iterator[str]:
     """The symbols of a dynamic graph with their values at capture, and the guards."""
     sizes = graph.sizes

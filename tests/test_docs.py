@@ -1,0 +1,78 @@
+"""docs/cli.md: its commands are run, and its outputs are theirs.
+
+They hold for one minor version of torch, whose decompositions the numbers of lines show.
+
+`pytest tests/test_docs.py --accept-graphs` writes the outputs anew; read the diff before you commit it.
+"""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.test_cli import ok, run
+from zerograph.doctor import examine
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "cli.md"
+FULL_TORCH = "2.13"
+BLOCK = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def output(command: str) -> str:
+    """What a command prints, through `| head -n N` or `| tail -n N`."""
+    command, _, pipe = command.partition(" | ")
+    program, *args = shlex.split(command)
+    assert program == "zerograph"
+    result = run(*args)
+    lines = (result.stdout + result.stderr).splitlines(keepends=True)
+    if pipe:
+        name, option, count = pipe.split()
+        assert name in ("head", "tail") and option == "-n"
+        lines = lines[: int(count)] if name == "head" else lines[-int(count) :]
+    return "".join(lines)
+
+
+def rewritten(page: str) -> str:
+    """The page with what its commands print now."""
+
+    def block(match: re.Match[str]) -> str:
+        commands = [line for line in match[1].splitlines() if line.startswith("$ ")]
+        shown = "\n".join(f"{command}\n{output(command[2:])}" for command in commands)
+        return f"```console\n{shown}```"
+
+    return BLOCK.sub(block, page)
+
+
+@pytest.mark.skipif(
+    not torch.__version__.startswith(f"{FULL_TORCH}."), reason=f"outputs are those of {FULL_TORCH}"
+)
+def test_commands_print_what_the_page_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    page = PAGE.read_text()
+    now = rewritten(page)
+    assert len(BLOCK.findall(page)) >= 5
+    if request.config.getoption("--accept-graphs"):
+        PAGE.write_text(now)
+    else:
+        assert now == page
+
+
+def test_the_page_shows_every_check_of_doctor() -> None:
+    shown = re.search(r"^```text\n check (.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    assert shown is not None
+    names = {re.split(r"  +", line.strip())[0] for line in shown[1].splitlines()[1:]}
+    found = {re.sub(r" \d+$", "", finding.name) for finding in examine()}
+    assert names == found
+
+
+def test_the_page_names_every_command() -> None:
+    commands = re.findall(r"^  (\w+)  ", ok("--help").partition("Commands:")[2], re.MULTILINE)
+    assert len(commands) == 6
+    for name in commands:
+        assert f"`zerograph {name}" in PAGE.read_text()

@@ -1,0 +1,92 @@
+"""`zerograph plan --fit 80GB`: the settings that fit, the fastest first, and why the others do not."""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import typer
+from rich.console import RenderableType
+from rich.text import Text
+
+from zerograph.cli.options import Options
+from zerograph.cli.planning import cluster_from, config_from, trace_for
+from zerograph.cli.tables import show, table, title
+from zerograph.errors import PlanError
+from zerograph.fit import Candidate, Fit, fit, micro_batches_of, parse_bytes
+from zerograph.plan import plan_of
+from zerograph.text import duration, size
+
+
+def search(
+    model: str, path: str | None, options: Options, given: str, as_json: bool, output: str | None
+) -> None:
+    """Search and print; save the plan of the best in `output`. Exit code 1 if nothing fits."""
+    budget, cluster = parse_bytes(given), cluster_from(options.cluster)
+    config = config_from(path, options)
+    micros = micro_batches_of(config, options.world_size, options.batch)
+    if len(micros) > 1 and options.input:
+        raise PlanError("--fit tries several micro-batches, and --input says one; give --batch too")
+    found = fit(
+        lambda micro: trace_for(model, config, options, micro),
+        config,
+        budget,
+        cluster,
+        options.world_size,
+        micros,
+    )
+    if output is not None and found.fits:
+        best = found.fits[0]
+        plan_of(trace_for(model, config, options, best.micro), best.config).save(output, cluster)
+    if as_json:
+        typer.echo(json.dumps(_record(found), indent=2))
+    else:
+        show(_parts(found, given, cluster.name))
+    if not found.fits:
+        raise typer.Exit(1)
+
+
+def _parts(found: Fit, given: str, cluster: str) -> Iterator[RenderableType]:
+    yield title(f"fits in {given}, the fastest on {cluster} first")
+    if found.fits:
+        yield _table(
+            found.fits, (">step", ">peak"), lambda c: (duration(c.seconds), size(c.memory.peak))
+        )
+    else:
+        yield Text("  nothing")
+    if found.exceeds:
+        yield Text()
+        yield title("does not fit")
+        yield _table(
+            found.exceeds, (">peak", "at the peak"), lambda c: (size(c.memory.peak), c.why())
+        )
+    if found.refused:
+        yield Text()
+        yield title("cannot be planned")
+        yield from (Text(f"  {line}") for line in found.refused)
+
+
+def _table(candidates: Sequence[Candidate], names: Sequence[str], last: Any) -> RenderableType:
+    choice = list(candidates[0].choice)
+    rows = [[*(_shown(c.choice[name]) for name in choice), *last(c)] for c in candidates]
+    return table([*(f">{name}" for name in choice), *names], rows)
+
+
+def _shown(value: Any) -> str:
+    return "-" if value is None else str(value)
+
+
+def _record(found: Fit) -> dict[str, Any]:
+    def entry(candidate: Candidate) -> dict[str, Any]:
+        return {
+            **candidate.choice,
+            "peak": candidate.memory.peak,
+            "seconds": candidate.seconds,
+            "at_peak": candidate.alive,
+        }
+
+    return {
+        "budget": found.budget,
+        "fits": [entry(c) for c in found.fits],
+        "exceeds": [entry(c) for c in found.exceeds],
+        "refused": list(found.refused),
+    }

@@ -14,6 +14,7 @@ else:
     torch._dynamo.maybe_mark_dynamic, TracingContext.tensor_to_context 2.13
     ShapeEnv: guards, var_to_sources, create_symintnode; SymInt.node   2.13
     torch.utils._sympy: interp, printers, reference                    2.13
+    torch._logging._internal.trace_structured                          2.11 - 2.15
     torch.optim.Optimizer: _opt_called, step._wrapped_by_lr_sched,     2.11 - 2.13
         the hook tables
 """
@@ -31,6 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from zerograph.compat.capture import Captured, capture, export_joint, new_fake_mode, user_frames
 from zerograph.compat.effects import Effects, Read, Write
+from zerograph.compat.logs import trace_text
 from zerograph.compat.runtime import (
     clear_saved,
     default_store,
@@ -86,5 +88,6 @@ __all__ = [
     "show",
     "sizes_of",
     "symbol_of",
+    "trace_text",
     "user_frames",
 ]

@@ -67,10 +67,11 @@ def _edges(runs: Sequence[Sequence[Block]]) -> Iterator[str]:
     chain = [(i, run[0]) for i, run in enumerate(runs) if run[0].name]
     for index, run in enumerate(runs):
         yield from _inside(index, run[0])
-    forward = [i for i, block in chain if "forward" in block.parts]
-    backward = [i for i, block in reversed(chain) if "backward" in block.parts]
-    line = [_part(i, "forward") for i in forward] + [_part(i, "backward") for i in backward]
-    yield from (f"{a} -> {b}" for a, b in pairwise(line))
+    forward = [_part(i, "forward") for i, block in chain if "forward" in block.parts]
+    backward = [_part(i, "backward") for i, block in chain if "backward" in block.parts]
+    yield from (f"{a} -> {b}" for a, b in pairwise(forward))
+    yield from (f"{a} -> {b} [dir=back]" for a, b in pairwise(backward))
+    yield from (f"{a} -> {b} [constraint=false]" for a, b in zip(forward[-1:], backward[-1:]))
     whole = next((i for i, run in enumerate(runs) if not run[0].name), None)
     if whole is not None and "step" in runs[whole][0].parts:
         yield from _norm(whole, chain)
@@ -92,7 +93,7 @@ def _norm(whole: int, chain: Sequence[tuple[int, Block]]) -> Iterator[str]:
             if each.kind != "gather":
                 yield f"{_collective(index, 'backward', at)} -> {norm} [style=dashed]"
         if "step" in block.parts:
-            yield f"{norm} -> {_part(index, 'step')} [style=dashed]"
+            yield f"{norm} -> {_part(index, 'step')} [style=dashed, constraint=false]"
 
 
 def _part(index: int, region: str) -> str:

@@ -14,7 +14,7 @@ else:
     torch._dynamo.maybe_mark_dynamic, TracingContext.tensor_to_context 2.13
     ShapeEnv: guards, var_to_sources, create_symintnode; SymInt.node   2.13
     torch.utils._sympy: interp, printers, reference                    2.13
-    torch._logging._internal.trace_structured                          2.11 - 2.15
+    torch._logging._internal: trace_structured, LOG_TRACE_HANDLER      2.11 - 2.15
     torch.optim.Optimizer: _opt_called, step._wrapped_by_lr_sched,     2.11 - 2.13
         the hook tables
 """

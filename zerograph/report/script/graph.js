@@ -21,7 +21,7 @@ function pill([kind, bucket, nbytes, node], times) {
 
 function side(block, region, times) {
   const part = block.parts[region];
-  const cell = make("div", { class: `side ${region}` });
+  const cell = make("div", { class: `side ${region}`, "data-region": region });
   if (!part) return cell;
   const work = [part.flops ? `${amount(part.flops)}FLOP` : "", part.seconds ? duration(part.seconds * 1e9) : ""].filter(Boolean);
   cell.append(...part.collectives.map((c) => pill(c, times)));

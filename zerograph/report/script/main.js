@@ -43,8 +43,12 @@ watch(["tab"], showTab);
 watch(["theme"], showTheme);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", showTheme);
 window.addEventListener("beforeprint", () => {
-  for (const tab of Object.keys(tabs)) (built[tab] ??= tabs[tab]())();
+  for (const tab of Object.keys(tabs)) {
+    $(tab).hidden = false;
+    (built[tab] ??= tabs[tab]())();
+  }
 });
+window.addEventListener("afterprint", showTab);
 showTheme();
 showTab();
 searchBox();

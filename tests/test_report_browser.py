@@ -1,0 +1,216 @@
+"""The HTML report in a headless browser: tabs, themes, search, keys, and that it asks for nothing."""
+
+import re
+
+import pytest
+
+from tests.browser import needs_browser, visit
+from tests.test_report import document, page
+from zerograph.report import colours, render
+from zerograph.text import size
+
+pytestmark = needs_browser
+TABS = ("overview", "passes", "timeline", "memory", "graph", "kernels")
+
+
+SHADES = """
+const shades = (id) => {
+  const canvas = document.getElementById(id);
+  const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+  const found = new Set();
+  for (let i = 0; i < pixels.length; i += 4) if (pixels[i + 3] > 250)
+    found.add("#" + [0, 1, 2].map((c) => pixels[i + c].toString(16).padStart(2, "0")).join(""));
+  return [...found];
+};
+"""
+
+
+@pytest.mark.parametrize("tab", TABS)
+def test_each_tab_shows_itself_alone(tab: str) -> None:
+    script = """
+    answer.shown = Object.keys(tabs).filter((t) => !$(t).hidden);
+    answer.selected = [...document.querySelectorAll("[aria-selected=true]")].map((t) => t.dataset.tab);
+    answer.text = $(state.tab).innerText;
+    """
+    seen = visit(page(), f"tab={tab}", script)
+    assert seen.console == [] and seen.requests == []
+    assert seen.answer["shown"] == seen.answer["selected"] == [tab]
+    said = {
+        "overview": "Memory at the peak",
+        "passes": "gathers started early",
+        "timeline": "measured on rank 3",
+        "memory": f"peak {size(document().memory.peak)}",
+        "graph": "blocks.0 .. 1",
+        "kernels": "no generated kernels",
+    }
+    assert said[tab] in seen.answer["text"]
+
+
+def test_requests_and_errors_would_be_seen() -> None:
+    """The page's own policy stops a request; the browser reports both that and an error."""
+    open_ = page().replace("default-src 'none'; ", "")
+    script = "fetch('http://127.0.0.1:9/x').catch(() => {}); setTimeout(() => nothing(), 0);"
+    seen = visit(open_, "", script)
+    assert any("127.0.0.1:9" in url for url in seen.requests)
+    assert any("nothing is not defined" in line for line in seen.console)
+    assert any("Content Security Policy" in line for line in visit(page(), "", script).console)
+
+
+def test_drawings_have_the_colours_of_the_theme() -> None:
+    script = (
+        SHADES
+        + """
+    answer.spans = shades("spans");
+    go({ tab: "memory" });
+    answer.alive = shades("alive");
+    """
+    )
+    for theme, name in enumerate(("light", "dark")):
+        seen = visit(page(), f"tab=timeline&theme={name}", script).answer
+        assert {colours.COLLECTIVES[k][theme] for k in document().traffic} <= set(seen["spans"])
+        assert {colours.MEMORY[k][theme] for k in ("parameters", "optimizer")} <= set(seen["alive"])
+
+
+def test_dark_follows_the_system_and_the_switch() -> None:
+    look = "getComputedStyle(document.body).backgroundColor"
+    script = f"""
+    answer.first = {look};
+    $("theme").click(); $("theme").click();
+    answer.later = [{look}, location.hash];
+    """
+    dark, light = "rgb(20, 22, 26)", "rgb(252, 252, 250)"
+    seen = visit(page(), "", script).answer
+    assert seen == {"first": light, "later": [dark, "#theme=dark"]}
+    prefers_dark = "--blink-settings=preferredColorScheme=0"
+    assert visit(page(), "", script, prefers_dark).answer["first"] == dark
+    assert visit(page(), "theme=light", script, prefers_dark).answer["first"] == light
+
+
+def test_search_finds_and_jumps() -> None:
+    script = """
+    const groups = () => [...document.querySelectorAll("#found h4")].map((h) => h.textContent.split(" ")[0]);
+    const press = (key) => $("search").dispatchEvent(new KeyboardEvent("keydown", { key }));
+    answer.line = [groups(), document.querySelector(".hit .mono").textContent];
+    press("ArrowDown"); press("Enter");
+    answer.closed = $("found").hidden;
+    answer.tab = state.tab;
+    answer.target = document.querySelector(".row.target")?.textContent;
+    go({ q: "gather" }); answer.pass = groups();
+    go({ q: "blocks.1" }); answer.module = groups();
+    go({ q: "xyzzy" }); answer.nothing = $("found").textContent;
+    """
+    seen = visit(page(), "q=reduce_scatter+b2", script).answer
+    groups, text = seen["line"]
+    assert groups == ["lines"] and "zero.reduce_scatter %b2.grad" in text
+    assert seen["closed"] and seen["tab"] == "passes"
+    assert "zero.reduce_scatter %b2.grad" in seen["target"]
+    assert seen["pass"] == ["passes", "lines"]
+    assert seen["module"] == ["buckets", "modules", "lines"]
+    assert seen["nothing"] == "Nothing has “xyzzy” in it."
+
+
+def test_a_line_of_an_address_is_in_sight_where_it_is_folded() -> None:
+    entry = document().passes[5]
+    line = entry.full[len(entry.full) // 2]
+    script = """
+    const row = document.querySelector(".row.target"), box = row?.getBoundingClientRect();
+    const around = list.root.getBoundingClientRect();
+    answer.text = row?.textContent;
+    answer.inside = box && box.top >= around.top && box.bottom <= around.bottom;
+    """
+    hash = f"tab=passes&pass={entry.name}&form=full&view=unified&line={line}"
+    seen = visit(page(), hash, script).answer
+    assert document().lines[line].text.strip() in seen["text"] and seen["inside"]
+
+
+def test_the_difference_is_one() -> None:
+    """Whatever two lists hold, the parts cover both in order, and what is called the same is."""
+    script = """
+    let seed = 1;
+    const random = (n) => (seed = (seed * 48271) % 2147483647) % n;
+    const check = (a, b) => {
+      let [i, j] = [0, 0];
+      for (const [same, a0, a1, b0, b1] of diff(a, b)) {
+        if (a0 !== i || b0 !== j || a1 < a0 || b1 < b0) return false;
+        if (same && (a1 - a0 !== b1 - b0 || a.slice(a0, a1).some((x, k) => x !== b[b0 + k]))) return false;
+        [i, j] = [a1, b1];
+      }
+      return i === a.length && j === b.length;
+    };
+    answer.wrong = 0;
+    for (let n = 0; n < 2000; n++) {
+      const few = 1 + random(12), list = () => Array.from({ length: random(30) }, () => random(few));
+      if (!check(list(), list())) answer.wrong++;
+    }
+    const long = Array.from({ length: 20000 }, (_, i) => i), shifted = long.filter((i) => i % 500);
+    answer.long = check(long, shifted);
+    answer.removed = diff(long, shifted).reduce((sum, [same, a0, a1]) => sum + (same ? 0 : a1 - a0), 0);
+    """
+    assert visit(page(), "", script).answer == {"wrong": 0, "long": True, "removed": 40}
+
+
+def test_new_numbers_of_values_are_no_change_but_new_operands_are() -> None:
+    script = """
+    const texts = [
+      ["  %0: f32[] = aten.a(%x)", "  %1: f32[] = aten.b(%0)", "  %2: f32[] = aten.c(%0, %1)"],
+      ["  %0: f32[] = aten.new(%x)", "  %1: f32[] = aten.a(%x)", "  %2: f32[] = aten.b(%1)",
+       "  %3: f32[] = aten.c(%1, %1)"],
+    ];
+    lines.text = texts.flat();
+    lines.region = lines.text.map(() => 0);
+    keys.length = 0;
+    answer.parts = differenceOfTexts([0, 1, 2], [3, 4, 5, 6]);
+    """
+    parts = visit(page(), "", script).answer["parts"]
+    assert parts == [[False, 0, 0, 0, 1], [True, 0, 2, 1, 3], [False, 2, 3, 3, 4]]
+
+
+def test_keys_and_wheel_move_the_timeline() -> None:
+    script = """
+    const canvas = $("spans"), all = [spansView.low, spansView.high];
+    const press = (key) => canvas.dispatchEvent(new KeyboardEvent("keydown", { key, cancelable: true }));
+    const span = () => spansView.high - spansView.low;
+    press("+"); answer.zoomed = span() / (all[1] - all[0]);
+    const before = spansView.low; press("ArrowRight"); answer.moved = spansView.low > before;
+    press("0"); answer.whole = spansView.low === all[0] && spansView.high === all[1];
+    canvas.dispatchEvent(new WheelEvent("wheel", { deltaY: -80, cancelable: true }));
+    answer.wheel = span() < all[1] - all[0];
+    press("n"); answer.tip = $("tip").innerText;
+    press("Enter"); answer.state = { ...state };
+    answer.target = document.querySelector(".row.target")?.textContent;
+    """
+    seen = visit(page(), "tab=timeline", script)
+    answer = seen.answer
+    assert answer["zoomed"] == pytest.approx(0.6)
+    assert answer["moved"] and answer["whole"] and answer["wheel"]
+    assert "zero.gather b0" in answer["tip"]
+    assert "measured" in answer["tip"] and "predicted" in answer["tip"]
+    assert answer["state"]["tab"] == "passes" and "zero.gather b0" in answer["target"]
+    assert seen.console == []
+
+
+def test_repeated_layers_unfold() -> None:
+    script = """
+    const names = () => [...document.querySelectorAll(".block")].map((b) => b.dataset.block);
+    const expanded = () => document.querySelector("button.box").getAttribute("aria-expanded");
+    answer.folded = [names(), expanded()];
+    document.querySelector("button.box").click();
+    answer.open = [names(), expanded()];
+    """
+    answer = visit(page(), "tab=graph", script).answer
+    assert answer["folded"] == [["inlet", "blocks.0", "head", ""], "false"]
+    assert answer["open"] == [["inlet", "blocks.0", "blocks.0", "blocks.1", "head", ""], "true"]
+    target = visit(page(), "tab=graph&block=b2").dom
+    assert re.search(r'class="block inner target"[^>]*data-block="blocks.1"', target)
+
+
+def test_the_peak_names_its_module() -> None:
+    node = document().nodes[document().memory.peak_node]
+    held = [{"owner": "blocks.1.linear", "category": "activations", "bytes": 123 * 1024}]
+    memory = document().memory.model_validate(
+        document().memory.model_dump() | {"at_peak": tuple(held)}
+    )
+    script = 'answer.label = $("alive").getAttribute("aria-label"); answer.table = $("at-peak").innerText;'
+    full = visit(render(document().model_copy(update={"memory": memory})), "tab=memory", script)
+    assert node.module in full.answer["label"]
+    assert "blocks.1.linear" in full.answer["table"] and "123.0 KiB" in full.answer["table"]

@@ -1,6 +1,8 @@
 """The HTML report in a headless browser: tabs, themes, search, keys, and that it asks for nothing."""
 
+import difflib
 import re
+from itertools import pairwise
 
 import pytest
 
@@ -10,6 +12,7 @@ from zerograph.report import colours, render
 from zerograph.text import size
 
 pytestmark = needs_browser
+MINUS = "\N{MINUS SIGN}"
 TABS = ("overview", "passes", "timeline", "memory", "graph", "kernels")
 
 
@@ -121,6 +124,20 @@ def test_a_line_of_an_address_is_in_sight_where_it_is_folded() -> None:
     hash = f"tab=passes&pass={entry.name}&form=full&view=unified&line={line}"
     seen = visit(page(), hash, script).answer
     assert document().lines[line].text.strip() in seen["text"] and seen["inside"]
+
+
+def test_steps_say_how_many_lines_change() -> None:
+    """The skeleton has no numbers of values, so that difflib sees what the page sees."""
+    dom = visit(page(), "tab=passes").dom
+    for before, entry in pairwise(document().passes):
+        texts = [document().text(e.name, skeleton=True).splitlines()[1:] for e in (before, entry)]
+        changes = list(difflib.ndiff(*texts))
+        shown = re.search(rf">{entry.name}<span>(.*?)</span><small>", dom)
+        counted = re.findall(rf">([+{MINUS}])([\d,]+)<", shown[1] if shown else "")
+        expected = [
+            (sign, sum(c.startswith(of) for c in changes)) for sign, of in ("++", MINUS + "-")
+        ]
+        assert [(s, int(n.replace(",", ""))) for s, n in counted] == [e for e in expected if e[1]]
 
 
 def test_the_difference_is_one() -> None:

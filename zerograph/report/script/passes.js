@@ -81,15 +81,20 @@ function rowElement(index, pane) {
 }
 
 function showSteps() {
-  $("steps").replaceChildren(...data.passes.map((entry, pass) => {
-    const [plus, minus] = counts(pass, state.form);
-    return make("li", {}, make("button", {
-      type: "button", "aria-current": pass === passIndex() ? "true" : null, onclick: () => go({ pass: entry.name, line: "" }),
-    }, entry.name,
-      plus ? make("span", { class: "plus" }, `+${thousands(plus)}`) : "",
-      minus ? make("span", { class: "minus" }, `−${thousands(minus)}`) : "",
-      make("small", {}, entry.did)));
-  }));
+  const sums = data.passes.map(() => make("span"));
+  $("steps").replaceChildren(...data.passes.map((entry, pass) => make("li", {}, make("button", {
+    type: "button", "aria-current": pass === passIndex() ? "true" : null, onclick: () => go({ pass: entry.name, line: "" }),
+  }, entry.name, sums[pass], make("small", {}, entry.did)))));
+  countSteps(sums, state.form);
+}
+
+/** Fill in how many lines each pass adds and removes, one pass at a time so that the page stays quick. */
+function countSteps(sums, form, pass = 0) {
+  if (pass === sums.length || form !== state.form) return;
+  const [plus, minus] = counts(pass, form);
+  if (plus) sums[pass].append(make("span", { class: "plus" }, `+${thousands(plus)}`));
+  if (minus) sums[pass].append(make("span", { class: "minus" }, `−${thousands(minus)}`));
+  setTimeout(() => countSteps(sums, form, pass + 1));
 }
 
 function showDiff() {

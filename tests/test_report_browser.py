@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from tests.browser import needs_browser, visit
-from tests.test_report import document, page
+from tests.test_report import document, page, recording
 from zerograph.report import colours, render
 from zerograph.text import size
 
@@ -141,7 +141,8 @@ def test_steps_say_how_many_lines_change() -> None:
 
 
 def test_the_difference_is_one() -> None:
-    """Whatever two lists hold, the parts cover both in order, and what is called the same is."""
+    """The parts cover both lists in order, what is called the same is, and no more is called changed
+    than has to be where lines are unique."""
     script = """
     let seed = 1;
     const random = (n) => (seed = (seed * 48271) % 2147483647) % n;
@@ -159,11 +160,23 @@ def test_the_difference_is_one() -> None:
       const few = 1 + random(12), list = () => Array.from({ length: random(30) }, () => random(few));
       if (!check(list(), list())) answer.wrong++;
     }
+    const same = (parts) => parts.reduce((sum, [same, a0, a1]) => sum + (same ? a1 - a0 : 0), 0);
+    answer.short = 0;
+    for (let n = 0; n < 500; n++) {
+      const a = Array.from({ length: 12 }, (_, i) => i), b = [...a];
+      for (let i = 11; i > 0; i--) { const j = random(i + 1); [b[i], b[j]] = [b[j], b[i]]; }
+      if (same(diff(a, b)) < subsequence(a, 0, 12, b, 0, 12).length) answer.short++;
+    }
     const long = Array.from({ length: 20000 }, (_, i) => i), shifted = long.filter((i) => i % 500);
     answer.long = check(long, shifted);
-    answer.removed = diff(long, shifted).reduce((sum, [same, a0, a1]) => sum + (same ? 0 : a1 - a0), 0);
+    answer.kept = same(diff(long, shifted));
     """
-    assert visit(page(), "", script).answer == {"wrong": 0, "long": True, "removed": 40}
+    assert visit(page(), "", script).answer == {
+        "wrong": 0,
+        "short": 0,
+        "long": True,
+        "kept": 19960,
+    }
 
 
 def test_new_numbers_of_values_are_no_change_but_new_operands_are() -> None:
@@ -206,6 +219,22 @@ def test_keys_and_wheel_move_the_timeline() -> None:
     assert seen.console == []
 
 
+def test_collectives_that_overlap_are_in_rows() -> None:
+    long = recording(document())
+    for span in long.spans:
+        span.seconds *= 3 if span.stream == "communication" else 1
+    script = """
+    const lane = measured.lanes[1];
+    answer.rows = lane.rows.map((row) => row.every((s, i) => !i || row[i - 1].end <= s.start + 1));
+    answer.kept = lane.rows.flat().length === lane.all.length;
+    const y = (row) => laneTop(1, 1) + 4 + ((row + 0.5) * (LANE - 8)) / lane.rows.length;
+    const x = (span) => spansView.x((span.start + span.end) / 2);
+    answer.found = lane.rows.map((row, r) => spanAt(x(row[0]), y(r)) === row[0]);
+    """
+    seen = visit(render(document(), long), "tab=timeline", script).answer
+    assert len(seen["rows"]) > 1 and all(seen["rows"]) and seen["kept"] and all(seen["found"])
+
+
 def test_repeated_layers_unfold() -> None:
     script = """
     const names = () => [...document.querySelectorAll(".block")].map((b) => b.dataset.block);
@@ -221,13 +250,16 @@ def test_repeated_layers_unfold() -> None:
     assert re.search(r'class="block inner target"[^>]*data-block="blocks.1"', target)
 
 
-def test_the_peak_names_its_module() -> None:
+def test_the_peak_names_its_module_and_kernels_show_their_source() -> None:
     node = document().nodes[document().memory.peak_node]
     held = [{"owner": "blocks.1.linear", "category": "activations", "bytes": 123 * 1024}]
     memory = document().memory.model_validate(
         document().memory.model_dump() | {"at_peak": tuple(held)}
     )
     script = 'answer.label = $("alive").getAttribute("aria-label"); answer.table = $("at-peak").innerText;'
-    full = visit(render(document().model_copy(update={"memory": memory})), "tab=memory", script)
+    script += 'go({ tab: "kernels" }); answer.kernels = $("sources").innerText;'
+    changed = {"memory": memory, "kernels": {"adamw.cpp": "int x = 1 < 2;"}}
+    full = visit(render(document().model_copy(update=changed)), "tab=memory", script)
+    assert full.answer["kernels"].split("\n") == ["adamw.cpp", "int x = 1 < 2;"]
     assert node.module in full.answer["label"]
     assert "blocks.1.linear" in full.answer["table"] and "123.0 KiB" in full.answer["table"]

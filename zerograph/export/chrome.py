@@ -1,6 +1,7 @@
 """A plan, and a recorded run of it, as a trace for Perfetto or chrome://tracing.
 
-One process "predicted" and one "measured", each with a thread a stream; a slice is named by its operator, so
+One process "predicted" and one "measured", each with a thread a stream, and more where the measured
+collectives of a stream overlap, since the slices of a thread may not. A slice is named by its operator, so
 that all gathers have one colour. The counter "memory" of the predicted process has one series a category.
 Times are microseconds, as the format has them (Trace Event Format, Google, 2016).
 """
@@ -11,10 +12,10 @@ from typing import Any
 
 from zerograph.document import Document, NodeEntry
 from zerograph.report.data import lines_of_nodes
-from zerograph.report.recorded import Recorded, check_recording
+from zerograph.report.recorded import Recorded, check_recording, rows_of
 
 PREDICTED, MEASURED = 1, 2
-THREADS = {"compute": 1, "communication": 2, "copy": 3}
+THREADS = {"compute": 100, "communication": 200, "copy": 300}
 Event = dict[str, Any]
 
 
@@ -34,9 +35,14 @@ def _names(process: int, name: str) -> Iterator[Event]:
     """Names and order of a process and its threads."""
     yield _meta(process, 0, "process_name", name=name)
     yield _meta(process, 0, "process_sort_index", sort_index=process)
-    for stream, thread in THREADS.items():
-        yield _meta(process, thread, "thread_name", name=stream)
-        yield _meta(process, thread, "thread_sort_index", sort_index=thread)
+    for stream in THREADS:
+        yield from _thread(process, stream, 0)
+
+
+def _thread(process: int, stream: str, row: int) -> Iterator[Event]:
+    thread = THREADS[stream] + row
+    yield _meta(process, thread, "thread_name", name=f"{stream} {row + 1}" if row else stream)
+    yield _meta(process, thread, "thread_sort_index", sort_index=thread)
 
 
 def _meta(process: int, thread: int, kind: str, **args: Any) -> Event:
@@ -46,23 +52,29 @@ def _meta(process: int, thread: int, kind: str, **args: Any) -> Event:
 def _predicted(document: Document) -> Iterator[Event]:
     for node, args in zip(document.nodes, _arguments(document)):
         if node.stream:
-            yield _slice(PREDICTED, node, node.stream, node.start, node.seconds, args)
+            yield _slice(PREDICTED, node, THREADS[node.stream], node.start, node.seconds, args)
 
 
 def _measured(document: Document, recording: Recorded) -> Iterator[Event]:
     arguments = list(_arguments(document))
-    for span in sorted(recording.spans, key=lambda s: (s.start, s.node)):
-        node, args = document.nodes[span.node], arguments[span.node]
-        yield _slice(MEASURED, node, span.stream, span.start, span.seconds, args)
+    for stream, thread in THREADS.items():
+        spans = [span for span in recording.spans if span.stream == stream]
+        spans.sort(key=lambda s: (s.start, s.node))
+        rows = rows_of(spans)
+        for row in range(1, max(rows, default=0) + 1):
+            yield from _thread(MEASURED, stream, row)
+        for span, row in zip(spans, rows):
+            node, args = document.nodes[span.node], arguments[span.node]
+            yield _slice(MEASURED, node, thread + row, span.start, span.seconds, args)
 
 
 def _slice(
-    process: int, node: NodeEntry, stream: str, start: float, seconds: float, args: dict[str, Any]
+    process: int, node: NodeEntry, thread: int, start: float, seconds: float, args: dict[str, Any]
 ) -> Event:
     return {
         "ph": "X",
         "pid": process,
-        "tid": THREADS[stream],
+        "tid": thread,
         "name": node.op,
         "cat": node.region,
         "ts": _microseconds(start),

@@ -46,6 +46,20 @@ class Recorded(Protocol):
     def spans(self) -> Sequence[RecordedSpan]: ...
 
 
+def rows_of(spans: Sequence[RecordedSpan]) -> list[int]:
+    """A row for each of a stream's spans, which are sorted by start, so that none overlaps in its row.
+
+    Collectives overlap where one starts before another has been waited for.
+    """
+    ends: list[float] = []
+    found: list[int] = []
+    for span in spans:
+        row = next((i for i, end in enumerate(ends) if end <= span.start + 1e-9), len(ends))
+        ends[row : row + 1] = [span.start + span.seconds]
+        found.append(row)
+    return found
+
+
 def check_recording(document: Document, recording: Recorded) -> None:
     """Raise PlanError, in one line, for a recording of another plan."""
     planned = (document.model, document.stage, document.world)

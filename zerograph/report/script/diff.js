@@ -25,7 +25,6 @@ function diff(a, b) {
     const anchors = a0 < a1 && b0 < b1 ? common(a, a0, a1, b, b0, b1) : [];
     if (!anchors.length) return emit(false, a0, a1, b0, b1);
     for (const [i, j] of anchors) {
-      if (i < a0 || j < b0) continue;
       walk(a0, i, b0, j);
       emit(true, i, i + 1, j, j + 1);
       [a0, b0] = [i + 1, j + 1];

@@ -3,11 +3,23 @@
 const STREAMS = ["compute", "communication", "copy"];
 const LANE = 36, GAP = 36, GUTTER = 116, TOP = 48;
 
-/** Spans of one clock: columns sorted by start, cut into streams. */
+/** Spans of one clock by stream: all in order, and in rows in which none overlaps another. */
 function clockOf(title, spans) {
-  const lanes = STREAMS.map((stream) => spans.filter((s) => s.stream === stream).sort((a, b) => a.start - b.start));
+  const lanes = STREAMS.map((stream) => {
+    const all = spans.filter((s) => s.stream === stream).sort((a, b) => a.start - b.start);
+    return { all, rows: rowsOfSpans(all) };
+  });
   const end = spans.reduce((most, s) => Math.max(most, s.end), 0);
   return { title, lanes, end, spans };
+}
+
+function rowsOfSpans(spans) {
+  const rows = [];
+  for (const span of spans) {
+    const row = rows.find((r) => r.at(-1).end <= span.start + 1);
+    if (row) row.push(span); else rows.push([span]);
+  }
+  return rows;
 }
 
 const predicted = clockOf("predicted", nodes.start.flatMap((start, node) => {
@@ -47,7 +59,10 @@ function paintSpans(context, width, height) {
   }
   clocks.forEach((clock, c) => {
     paintRegions(context, c);
-    clock.lanes.forEach((spans, lane) => paintLane(context, spans, laneTop(c, lane)));
+    clock.lanes.forEach(({ rows }, lane) => {
+      const height = (LANE - 8) / rows.length;
+      rows.forEach((spans, row) => paintRow(context, spans, laneTop(c, lane) + 4 + row * height, height));
+    });
   });
   context.fillStyle = colour("raised");
   context.fillRect(0, 0, GUTTER, height);
@@ -76,29 +91,29 @@ function paintRegions(context, c) {
 }
 
 /** The spans in sight; those narrower than a pixel share one. */
-function paintLane(context, spans, top) {
+function paintRow(context, spans, top, height) {
   let painted = -1;
   for (let i = firstEnding(spans, spansView.low); i < spans.length && spans[i].start < spansView.high; i++) {
     const x0 = spansView.x(spans[i].start), x1 = spansView.x(spans[i].end);
     if (x1 < painted + 0.5) continue;
     painted = Math.max(x1, x0 + 0.7);
     context.fillStyle = colour(colourOf(spans[i].node));
-    context.fillRect(x0, top + 4, Math.max(0.7, x1 - x0 - (x1 - x0 > 3 ? 1 : 0)), LANE - 8);
-    if (x1 - x0 > 46) {
+    context.fillRect(x0, top, Math.max(0.7, x1 - x0 - (x1 - x0 > 3 ? 1 : 0)), height - (height > 5 && height < LANE - 8 ? 1 : 0));
+    if (x1 - x0 > 46 && height > 12) {
       context.fillStyle = colour("ground");
-      label(context, shortName(spans[i].node), Math.max(x0, GUTTER) + 5, top + LANE / 2, x1 - Math.max(x0, GUTTER) - 10);
+      label(context, shortName(spans[i].node), Math.max(x0, GUTTER) + 5, top + height / 2, x1 - Math.max(x0, GUTTER) - 10);
     }
     if (spans[i] === chosen) {
       context.strokeStyle = colour("ink");
       context.lineWidth = 2;
-      context.strokeRect(x0, top + 3, Math.max(2, x1 - x0), LANE - 6);
+      context.strokeRect(x0, top, Math.max(2, x1 - x0), height);
     }
   }
 }
 
 const shortName = (node) => [name(nodes.op, node).replace(/^aten\.|^zero\./, ""), name(nodes.bucket, node)].filter(Boolean).join(" ");
 
-/** The first span that ends after `time`; spans of one stream do not overlap. */
+/** The first span of a row that ends after `time`. */
 function firstEnding(spans, time) {
   let low = 0, high = spans.length;
   while (low < high) {
@@ -113,8 +128,9 @@ function spanAt(x, y) {
   const near = ((spansView.high - spansView.low) / spansView.width) * 2, time = spansView.at(x);
   for (let c = 0; c < clocks.length; c++) {
     const lane = Math.floor((y - laneTop(c, 0)) / LANE);
-    const spans = clocks[c].lanes[lane];
-    if (!spans) continue;
+    const { rows } = clocks[c].lanes[lane] ?? { rows: [] };
+    const row = Math.floor(((y - laneTop(c, lane) - 4) / (LANE - 8)) * rows.length);
+    const spans = rows[Math.max(0, Math.min(rows.length - 1, row))] ?? [];
     const found = spans[firstEnding(spans, time - near)];
     if (found && found.start <= time + near) return found;
   }
@@ -140,7 +156,7 @@ function about(span) {
 
 /** Choose the next or previous collective of the last clock, and bring it into view. */
 function stepTo(direction) {
-  const spans = clocks.at(-1).lanes[1];
+  const spans = clocks.at(-1).lanes[1].all;
   if (!spans.length) return;
   const now = spans.indexOf(chosen);
   const next = now < 0 ? (direction > 0 ? 0 : spans.length - 1) : Math.min(spans.length - 1, Math.max(0, now + direction));

@@ -1,7 +1,7 @@
 """A headless browser for tests of pages: Chromium or Chrome, where one is found.
 
 `visit(html, hash, script)` opens a page and answers what it has become. `script` runs among the page's own,
-at the end of it, and so sees its functions; what it puts into `answer` comes back.
+at the end of it, and so sees its functions; it may await; what it puts into `answer` comes back.
 """
 
 import html as markup
@@ -37,9 +37,11 @@ QUIET = (
     "--virtual-time-budget=4000",
 )
 ANSWER = """
-const answer = {};
-try { %s } catch (error) { answer.error = `${error} ${error.stack}`; }
-document.body.append(make("pre", { id: "answer" }, JSON.stringify(answer)));
+(async () => {
+  const answer = {};
+  try { %s } catch (error) { answer.error = `${error} ${error.stack}`; }
+  document.body.append(make("pre", { id: "answer" }, JSON.stringify(answer)));
+})();
 """
 
 

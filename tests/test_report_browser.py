@@ -49,6 +49,18 @@ def test_each_tab_shows_itself_alone(tab: str) -> None:
     assert said[tab] in seen.answer["text"]
 
 
+def test_back_leads_to_the_tab_before() -> None:
+    script = """
+    go({ tab: "memory", axis: "time" }); go({ tab: "graph" });
+    history.back();
+    await new Promise((resolve) => setTimeout(resolve, 200));
+    answer.shown = Object.keys(tabs).filter((t) => !$(t).hidden);
+    answer.state = [state.tab, state.axis, location.hash];
+    """
+    seen = visit(page(), "tab=passes", script).answer
+    assert seen == {"shown": ["memory"], "state": ["memory", "time", "#tab=memory&axis=time"]}
+
+
 def test_requests_and_errors_would_be_seen() -> None:
     """The page's own policy stops a request; the browser reports both that and an error."""
     open_ = page().replace("default-src 'none'; ", "")
@@ -66,12 +78,15 @@ def test_drawings_have_the_colours_of_the_theme() -> None:
     answer.spans = shades("spans");
     go({ tab: "memory" });
     answer.alive = shades("alive");
+    go({ theme: state.theme === "dark" ? "light" : "dark" });
+    answer.other = shades("alive");
     """
     )
     for theme, name in enumerate(("light", "dark")):
         seen = visit(page(), f"tab=timeline&theme={name}", script).answer
         assert {colours.COLLECTIVES[k][theme] for k in document().traffic} <= set(seen["spans"])
         assert {colours.MEMORY[k][theme] for k in ("parameters", "optimizer")} <= set(seen["alive"])
+        assert colours.MEMORY["optimizer"][1 - theme] in seen["other"]
 
 
 def test_dark_follows_the_system_and_the_switch() -> None:
@@ -98,7 +113,8 @@ def test_search_finds_and_jumps() -> None:
     answer.closed = $("found").hidden;
     answer.tab = state.tab;
     answer.target = document.querySelector(".row.target")?.textContent;
-    go({ q: "gather" }); answer.pass = groups();
+    $("search").value = "gather"; $("search").dispatchEvent(new Event("input"));
+    answer.pass = groups();
     go({ q: "blocks.1" }); answer.module = groups();
     go({ q: "xyzzy" }); answer.nothing = $("found").textContent;
     """

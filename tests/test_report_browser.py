@@ -243,12 +243,15 @@ def test_collectives_that_overlap_are_in_rows() -> None:
     const lane = measured.lanes[1];
     answer.rows = lane.rows.map((row) => row.every((s, i) => !i || row[i - 1].end <= s.start + 1));
     answer.kept = lane.rows.flat().length === lane.all.length;
+    const [start, end] = extents[1].forward;
+    answer.busy = busy(measured, "forward", "communication") / (end - start);
     const y = (row) => laneTop(1, 1) + 4 + ((row + 0.5) * (LANE - 8)) / lane.rows.length;
     const x = (span) => spansView.x((span.start + span.end) / 2);
     answer.found = lane.rows.map((row, r) => spanAt(x(row[0]), y(r)) === row[0]);
     """
     seen = visit(render(document(), long), "tab=timeline", script).answer
     assert len(seen["rows"]) > 1 and all(seen["rows"]) and seen["kept"] and all(seen["found"])
+    assert 0 < seen["busy"] <= 1
 
 
 def test_repeated_layers_unfold() -> None:

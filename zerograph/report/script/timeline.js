@@ -173,9 +173,14 @@ function showRegion() {
   if (start < end) spansView.range(start, end);
 }
 
+/** Time in which a stream does something for a region; what overlaps counts once. */
 function busy(clock, region, stream) {
-  const inside = clock.spans.filter((s) => s.region === region && s.stream === stream);
-  return inside.reduce((sum, s) => sum + s.end - s.start, 0);
+  let [sum, covered] = [0, 0];
+  for (const span of clock.lanes[STREAMS.indexOf(stream)].all.filter((s) => s.region === region)) {
+    sum += Math.max(0, span.end - Math.max(span.start, covered));
+    covered = Math.max(covered, span.end);
+  }
+  return sum;
 }
 
 function regionTable() {

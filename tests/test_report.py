@@ -197,9 +197,17 @@ def test_a_recording_of_another_plan_is_refused() -> None:
 
 
 def test_runs_are_alike_and_count_up() -> None:
-    names = ["in", "h.0", "h.1", "h.2", "h.4", "h.5.a", "h.6.a", "out"]
+    names = ["in", "h.0", "h.1", "h.2", "h.4", "h.5.a", "h.6.a", "h.8.a", "out"]
     runs = folds(names, lambda n: n, lambda n: n == "h.2")
-    assert runs == [["in"], ["h.0", "h.1"], ["h.2"], ["h.4"], ["h.5.a", "h.6.a"], ["out"]]
+    assert runs == [
+        ["in"],
+        ["h.0", "h.1"],
+        ["h.2"],
+        ["h.4"],
+        ["h.5.a", "h.6.a"],
+        ["h.8.a"],
+        ["out"],
+    ]
     assert [folded_name(run) for run in runs[1:5]] == ["h.0 .. 1", "h.2", "h.4", "h.5 .. 6.a"]
 
 

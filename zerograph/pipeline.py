@@ -3,13 +3,18 @@
 A pass only changes the graph and says in a few words what it did. For each, the pipeline checks that what
 it requires has been provided, runs it, drops dead code, lints, verifies the invariants, and keeps the
 text. A pipeline with a pass missing is refused before anything runs.
+
+The pipeline also logs: TORCH_LOGS="zerograph.passes" shows a line a pass, "+zerograph.passes" the text after
+it too, and "+zerograph.passes.gather" those of one pass. TORCH_TRACE keeps the texts for tlparse.
 """
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
+from zerograph.compat import trace_text
 from zerograph.errors import PlanError
 from zerograph.ir import TrainGraph, eliminate_dead_code
 from zerograph.text import Line, lines
@@ -72,6 +77,7 @@ def run(graph: TrainGraph, passes: Sequence[Pass], *, keep_text: bool = True) ->
     provided = frozenset({"traced"})
     verify(graph, provided, "trace")
     history.records.append(_record("trace", "captured", graph, 0.0, 0.0, keep_text))
+    _log(history, graph)
     for each in passes:
         start = time.perf_counter()
         did = each.apply(graph)
@@ -83,6 +89,7 @@ def run(graph: TrainGraph, passes: Sequence[Pass], *, keep_text: bool = True) ->
         checked = time.perf_counter()
         seconds, check_seconds = done - start, checked - done
         history.records.append(_record(each.name, did, graph, seconds, check_seconds, keep_text))
+        _log(history, graph)
     return history
 
 
@@ -92,6 +99,23 @@ def _record(
     full = tuple(lines(graph, name)) if keep_text else ()
     skeleton = tuple(lines(graph, name, skeleton=True)) if keep_text else ()
     return Record(name, did, full, skeleton, seconds, check)
+
+
+def _log(history: History, graph: TrainGraph) -> None:
+    """Tell torch's logs and trace of the last record; nothing is made where they are off."""
+    record = history.records[-1]
+    log = logging.getLogger(f"zerograph.passes.{record.name}")
+
+    def text() -> str:
+        found = record.lines or lines(graph, record.name)
+        return "".join(f"{line.text}\n" for line in found)
+
+    if log.isEnabledFor(logging.INFO):
+        took = f"{record.seconds:.3f} s, check {record.check_seconds:.3f} s"
+        log.info("%s: %s (%s)", record.name, record.did, took)
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("%s", text())
+    trace_text(f"zerograph_{len(history) - 1}_{record.name}", text)
 
 
 def _check_order(passes: Sequence[Pass]) -> None:

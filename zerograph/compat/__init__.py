@@ -16,6 +16,7 @@ is mended here and nowhere else:
     runtime.py   torch.distributed.distributed_c10d._get_default_store
                  ctx.maybe_clear_saved_tensors of autograd functions
                  torch.optim.Optimizer: _opt_called, step._wrapped_by_lr_sched, the hook tables
+    logs.py      torch._logging._internal: trace_structured, LOG_TRACE_HANDLER
 """
 
 from torch._dynamo.exc import TorchDynamoException as DynamoError
@@ -31,6 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from zerograph.compat.capture import Captured, capture, export_joint, new_fake_mode, user_frames
 from zerograph.compat.effects import Effects, Read, Write
+from zerograph.compat.logs import trace_text
 from zerograph.compat.runtime import (
     clear_saved,
     default_store,
@@ -86,5 +88,6 @@ __all__ = [
     "show",
     "sizes_of",
     "symbol_of",
+    "trace_text",
     "user_frames",
 ]

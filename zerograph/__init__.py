@@ -5,6 +5,7 @@ from zerograph.config import ZeroConfig, load_config
 from zerograph.engine import Engine, compile
 from zerograph.integrations.deepspeed import add_config_arguments, initialize
 from zerograph.plan import Plan, plan
+from zerograph.runtime.record import record
 from zerograph.runtime.world import init_distributed
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "initialize",
     "load_config",
     "plan",
+    "record",
 ]

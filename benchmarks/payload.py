@@ -45,10 +45,13 @@ def _of_descriptor(descriptor: int) -> int:
 
 
 def messages(rounds: int, nbytes: int, itemsize: int, world: int) -> int:
-    """Messages of all ranks together: a gather goes round its ring once, an all-reduce twice."""
+    """Messages of all ranks together.
+
+    A gather sends every rank's part round its ring once, in two halves; an all-reduce sends segments round it
+    twice, and none that is empty.
+    """
     if rounds == 1:
-        halves = 2 if nbytes // world > itemsize else 1
-        return world * (world - 1) * halves
+        return 2 * world * (world - 1)
     segments = max(ceil(nbytes / SEGMENT), 2 * world)
     segments = ceil(segments / world) * world
     segment = ceil(nbytes / segments / itemsize) * itemsize

@@ -9,19 +9,19 @@ import torch.distributed as dist
 ROUNDS = 9
 
 
-def timed(function: Callable[[], object], rounds: int = ROUNDS) -> float:
+def timed(function: Callable[[], object]) -> float:
     """Seconds of a call on the slowest rank, which all ranks make together.
 
-    It is the lower quartile of `rounds`, behind one that is not timed; the same on every rank.
+    It is the lower quartile of ROUNDS, behind one that is not timed; the same on every rank.
     """
     function()
     samples = []
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         dist.barrier()
         start = time.perf_counter()
         function()
         samples.append(_over_ranks(time.perf_counter() - start, dist.ReduceOp.MAX))
-    return sorted(samples)[rounds // 4]
+    return sorted(samples)[ROUNDS // 4]
 
 
 def mean(value: float) -> float:

@@ -8,7 +8,8 @@ reduce-scatter and 2 for an all-reduce, `nodes` nodes of `local` ranks:
             r nbytes (world - 1) / world at min(intra, local * inter), since a node's ranks share its rings
     tree    r (local - 1) intra latencies, r ceil(log2 nodes) inter latencies;
             all-reduce: 2 nbytes at the ring's bandwidth (two binary trees, each rank inner in one of them);
-            others: nbytes (nodes - 1) / world between the ranks of one column, then a ring within the node
+            others: nbytes (nodes - 1) / world between the ranks of one column, then a ring within the node,
+            and no faster than the ring: the tree is there for small messages of large worlds
 
 The cheaper is taken. Hops and bandwidths of ring and tree are those of NCCL's own tuning model
 (src/graph/tuning.cc); the trees of gather and reduce-scatter are recursive doubling and halving (Thakur,
@@ -168,7 +169,9 @@ class Cluster(_Described):
         if kind == "all_reduce":
             return 2 * (latency + nbytes / self._rate(kind, nodes, local))
         column = nbytes * (nodes - 1) / world / self.inter.rate(kind)
-        return latency + column + nbytes * (local - 1) / local / self.intra.rate(kind)
+        within = nbytes * (local - 1) / local / self.intra.rate(kind)
+        ring = nbytes * (world - 1) / world / self._rate(kind, nodes, local)
+        return latency + max(column + within, ring)
 
     def dumps(self) -> str:
         """JSON, keys in the order of this class."""

@@ -115,6 +115,8 @@ class _Timed(fx.Interpreter):
         self._program = program
         self._device = device
         self._found: dict[tuple[int, str], _Ran] = {}
+        nodes = program.module.graph.nodes
+        self._collectives = {n.meta["plan"] for n in nodes if _is_collective(n) and not _is_wait(n)}
 
     def run_node(self, n: fx.Node) -> Any:
         if "plan" not in n.meta:
@@ -129,10 +131,10 @@ class _Timed(fx.Interpreter):
 
     def _note(self, n: fx.Node, begin: Mark, end: Mark) -> None:
         index = n.meta["plan"] - self._program.first
-        if n.target is torch.ops._c10d_functional.wait_tensor.default:
+        if _is_wait(n):
             started = cast(fx.Node, n.args[0]).meta["plan"] - self._program.first
             self._extend(started, "communication", begin, end)
-        elif _is_collective(n):
+        elif n.meta["plan"] in self._collectives:
             self._extend(index, "communication", begin, end)
         else:
             self._extend(index, "compute", begin, end)
@@ -154,6 +156,10 @@ class _Timed(fx.Interpreter):
 
 def _is_collective(n: fx.Node) -> bool:
     return getattr(n.target, "namespace", "") == "_c10d_functional"
+
+
+def _is_wait(n: fx.Node) -> bool:
+    return n.target is torch.ops._c10d_functional.wait_tensor.default
 
 
 def _seconds(begin: Mark, end: Mark) -> float:

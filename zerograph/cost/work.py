@@ -40,8 +40,9 @@ def work_of(node: fx.Node) -> Work:
     idle = is_call(node, *ops.COLLECTIVES, ops.wait, ops.release, ops.grad_buffer)
     if idle or is_view(node) or not isinstance(node.target, OpOverload):
         return Work()
-    traffic = _TRAFFIC.get(_name(node), _everything)
-    return Work(_flops(node), traffic(node, _arguments(node)), _dtype(node))
+    rule = _TRAFFIC.get(_name(node))
+    moved = _everything(node) if rule is None else rule(node, _arguments(node))
+    return Work(_flops(node), moved, _dtype(node))
 
 
 def _name(node: fx.Node) -> str:
@@ -147,7 +148,7 @@ def _distinct(tensor: Tensor) -> int:
     return prod(extents) * tensor.dtype.itemsize
 
 
-def _everything(node: fx.Node, given: Arguments) -> int:
+def _everything(node: fx.Node) -> int:
     """All inputs are read, once each, and the result is written."""
     read = {n: n.meta.get("val") for n in node.all_input_nodes}
     return _bytes(*read.values(), node.meta["val"])

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from zerograph.engine import Engine, compile
     from zerograph.integrations.deepspeed import add_config_arguments, initialize
     from zerograph.plan import Plan, plan
+    from zerograph.runtime.record import record
     from zerograph.runtime.world import init_distributed
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "initialize",
     "load_config",
     "plan",
+    "record",
 ]
 
 _HOMES = {
@@ -41,6 +43,7 @@ _HOMES = {
     "initialize": "integrations.deepspeed",
     "load_config": "config",
     "plan": "plan",
+    "record": "runtime.record",
 }
 
 

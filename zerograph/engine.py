@@ -37,7 +37,7 @@ from zerograph.runtime.parameters import Parameters
 from zerograph.runtime.place import place
 from zerograph.runtime.programs import Dims, Programs
 from zerograph.runtime.relayout import relay
-from zerograph.runtime.run import Compiled, Runner
+from zerograph.runtime.run import Compiled, Execute, Runner
 from zerograph.runtime.shown import require_hidden
 from zerograph.runtime.state import State, require_unowned
 from zerograph.runtime.updates import Updates
@@ -275,6 +275,10 @@ class Engine:
         return self.module
 
     # Inside
+
+    def execute_with(self, execute: Execute) -> None:
+        """Let `execute` run this engine's programs from now on."""
+        self._run.execute = self._updates.execute = execute
 
     def require_alive(self) -> None:
         if not self.state.storages and self.state.layout.buckets:

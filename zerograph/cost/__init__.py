@@ -4,11 +4,13 @@ traffic.py    bytes of values; collectives by kind
 memory.py     bytes held, by what they are for and by module, and the peak
 work.py       FLOPs and bytes of memory traffic of each node
 cluster.py    described machines: devices, links, and the time of a collective on them
+profiles.py   machines by name, with the numbers of data sheets
 timeline.py   when each node starts and ends
 """
 
-from zerograph.cost.cluster import CLUSTERS, Cluster, Device, Link, cluster_of
+from zerograph.cost.cluster import Cluster, Device, Link
 from zerograph.cost.memory import CATEGORIES, Held, Memory, Moment, memory_of, peak_gathered
+from zerograph.cost.profiles import CLUSTERS, cluster_of
 from zerograph.cost.timeline import STREAMS, Span, Timeline, timeline_of
 from zerograph.cost.traffic import (
     Traffic,

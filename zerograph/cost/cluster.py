@@ -1,83 +1,194 @@
 """Described machines: a device, the links within and between nodes, and what a collective costs on them.
 
-A collective of `nbytes` (its full buffer) over `world` ranks is priced by alpha-beta: latency times the
-steps of its algorithm, and the bytes that its slowest link carries over that link's bandwidth.
+A collective of `nbytes` (its full buffer) over `world` ranks is priced by alpha-beta: the latencies of its
+messages, and the bytes that one rank sends over the bandwidth that it has. With r = 1 for a gather or a
+reduce-scatter and 2 for an all-reduce, `nodes` nodes of `local` ranks:
+
+    ring    r (world - nodes) intra latencies, r (nodes - 1) inter latencies;
+            r nbytes (world - 1) / world at min(intra, local * inter), since a node's ranks share its rings
+    tree    r (local - 1) intra latencies, r ceil(log2 nodes) inter latencies;
+            all-reduce: 2 nbytes at the ring's bandwidth (two binary trees, each rank inner in one of them);
+            others: nbytes (nodes - 1) / world between the ranks of one column, then a ring within the node,
+            and no faster than the ring: the tree is there for small messages of large worlds
+
+The cheaper is taken. Hops and bandwidths of ring and tree are those of NCCL's own tuning model
+(src/graph/tuning.cc); the trees of gather and reduce-scatter are recursive doubling and halving (Thakur,
+Rabenseifner, Gropp 2005, section 4), as in NCCL's PAT. gloo has rings only, and its reduce-scatter is an
+all-reduce of which each rank keeps its part.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from zerograph.errors import PlanError
 
-GIGA = 1e9
+Kind = Literal["gather", "reduce_scatter", "all_reduce"]
+_KINDS: dict[str, Kind] = {
+    **dict.fromkeys(("gather", "refresh", "gather_partials"), "gather"),
+    "reduce_scatter": "reduce_scatter",
+    **dict.fromkeys(("all_reduce", "any_rank", "sum_weights"), "all_reduce"),
+}
+
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
-@dataclass(frozen=True)
-class Device:
+class _Described(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Device(_Described):
     """One accelerator (or one rank's share of a CPU)."""
 
     name: str
-    memory: int
+    memory: int = Field(gt=0)
     """Bytes."""
-    flops: Mapping[str, float]
-    """Per second, dense matrix products, by dtype as the plan's text spells it ("bf16", "f32")."""
-    bandwidth: float
-    """Bytes per second of its memory."""
-    launch: float
-    """Seconds that each operator takes beside its work."""
+    flops: dict[str, Rate]
+    """Peak per second of dense matrix products, by dtype as the plan's text spells it; "f32" at least."""
+    bandwidth: Rate
+    """Peak bytes per second of its memory."""
+    efficiency: Share = 1.0
+    """The share of `flops` that products reach."""
+    memory_efficiency: Share = 1.0
+    """The share of `bandwidth` that other operators reach."""
+    cache: int = Field(default=0, ge=0)
+    """Operators that touch at most so many bytes work in a cache."""
+    cache_bandwidth: Rate = 1.0
+    """Bytes per second of that cache; of no account if `cache` is 0."""
+    kernel: Seconds = 0.0
+    """What an operator takes on the device beside its work."""
+    launch: Seconds
+    """What it takes the host to start an operator."""
+    view: Seconds = 0.0
+    """What it takes the host to make a view."""
+    asynchronous: bool = True
+    """Whether the host runs ahead of the device; on a CPU the two are one thread."""
+
+    @field_validator("flops")
+    @classmethod
+    def _has_f32(cls, flops: dict[str, float]) -> dict[str, float]:
+        if "f32" not in flops:
+            raise ValueError('needs at least "f32"')
+        return flops
+
+    def seconds(self, flops: int, nbytes: int, dtype: str) -> float:
+        """Roofline: the slower of the products and of the memory traffic."""
+        products = flops / (self.flops.get(dtype, self.flops["f32"]) * self.efficiency)
+        if nbytes <= self.cache:
+            return self.kernel + max(products, nbytes / self.cache_bandwidth)
+        return self.kernel + max(products, nbytes / (self.bandwidth * self.memory_efficiency))
 
 
-@dataclass(frozen=True)
-class Link:
+class Link(_Described):
     """How a rank reaches others."""
 
-    bandwidth: float
+    bandwidth: Rate
     """Bytes per second and direction, for one rank."""
-    latency: float
-    """Seconds of one message."""
+    latency: Seconds
+    """Of one message."""
+    efficiency: dict[Kind, Share] = {}
+    """The share of `bandwidth` that a kind of collective reaches; all of it if not given."""
+
+    def rate(self, kind: Kind) -> float:
+        return self.bandwidth * self.efficiency.get(kind, 1.0)
 
 
-@dataclass(frozen=True)
-class Cluster:
+class Cluster(_Described):
     """Nodes of equal devices. A world no larger than `per_node` never leaves its node."""
 
     name: str
     device: Device
-    per_node: int
+    per_node: int = Field(gt=0)
+    """Ranks of a node."""
     intra: Link
     inter: Link
-
-    def link(self, world: int) -> Link:
-        """The slowest link of a ring over `world` ranks."""
-        return self.intra if world <= self.per_node else self.inter
+    """Between nodes; `bandwidth` is one rank's share of its node's network."""
+    backend: Literal["nccl", "gloo"] = "nccl"
+    """Whose algorithms; RCCL's are NCCL's."""
+    start: Seconds = 0.0
+    """What each collective takes beside its messages."""
+    slows_compute: float = Field(default=0.0, ge=0, lt=1)
+    """The share of its speed that compute loses while a collective runs: on CPUs both take cores."""
+    slowed_by_compute: float = Field(default=0.0, ge=0, lt=1)
+    """The share of its speed that a collective loses while compute runs."""
 
     def collective(self, kind: str, nbytes: int, world: int) -> float:
         """Seconds of a collective named as in the plan's traffic, with a full buffer of `nbytes`."""
         if world == 1:
             return 0.0
-        link = self.link(world)
-        rounds = 2 if kind in ("all_reduce", "any_rank", "sum_weights") else 1
-        share = nbytes * (world - 1) / world
-        return rounds * ((world - 1) * link.latency + share / link.bandwidth)
+        ring = self._ring(_KINDS[kind], nbytes, world)
+        if self.backend == "gloo":
+            return self.start + ring
+        return self.start + min(ring, self._tree(_KINDS[kind], nbytes, world))
 
+    def bytes_per_link(self, kind: str, nbytes: int, world: int) -> float:
+        """Bytes that one rank sends for a collective, headers left out.
 
-def _h100() -> Cluster:
-    flops = {"bf16": 989e12, "f16": 989e12, "f32": 67e12, "f64": 67e12}
-    device = Device("H100", 80 * 10**9, flops, 3.35e12, 4e-6)
-    return Cluster("h100", device, 8, Link(450 * GIGA, 3e-6), Link(50 * GIGA, 8e-6))
+        It is the mean over ranks: where `nbytes` does not divide into equal segments, some send a few more.
+        """
+        return self._rounds(_KINDS[kind]) * nbytes * (world - 1) / world
 
+    def copied(self, kind: str, nbytes: int, world: int) -> int:
+        """Bytes that the host copies before a collective starts: gloo reduce-scatters a copy."""
+        copies = self.backend == "gloo" and kind == "reduce_scatter" and world > 1
+        return 2 * nbytes if copies else 0
 
-def _cpu() -> Cluster:
-    flops = {"bf16": 5e10, "f16": 5e9, "f32": 5e10, "f64": 2.5e10}
-    device = Device("CPU core", 16 * 10**9, flops, 1e10, 5e-6)
-    return Cluster("cpu", device, 1 << 30, Link(1 * GIGA, 5e-5), Link(1 * GIGA, 5e-5))
+    def hops(self, kind: str, world: int) -> int:
+        """Messages that follow each other in a ring."""
+        return self._rounds(_KINDS[kind]) * (world - 1)
 
+    def _rounds(self, kind: Kind) -> int:
+        """How often a ring goes round; gloo reduce-scatters by an all-reduce."""
+        twice = kind == "all_reduce" or (self.backend == "gloo" and kind == "reduce_scatter")
+        return 2 if twice else 1
 
-CLUSTERS: dict[str, Cluster] = {cluster.name: cluster for cluster in (_h100(), _cpu())}
+    def _nodes(self, world: int) -> tuple[int, int]:
+        """(nodes, ranks of a node)."""
+        return -(-world // self.per_node), min(world, self.per_node)
 
+    def _rate(self, kind: Kind, nodes: int, local: int) -> float:
+        """Bytes per second that each rank of a ring sends."""
+        rates = [self.intra.rate(kind)] if local > 1 else []
+        return min(rates + ([local * self.inter.rate(kind)] if nodes > 1 else []))
 
-def cluster_of(name: str) -> Cluster:
-    """A cluster by its name. Raises PlanError with the names that there are."""
-    if name not in CLUSTERS:
-        raise PlanError(f"no cluster {name!r}; there are {', '.join(CLUSTERS)}")
-    return CLUSTERS[name]
+    def _ring(self, kind: Kind, nbytes: int, world: int) -> float:
+        nodes, local = self._nodes(world)
+        latency = (world - nodes) * self.intra.latency + (nodes - 1) * self.inter.latency
+        moved = nbytes * (world - 1) / world / self._rate(kind, nodes, local)
+        return self._rounds(kind) * (latency + moved)
+
+    def _tree(self, kind: Kind, nbytes: int, world: int) -> float:
+        nodes, local = self._nodes(world)
+        depth = (nodes - 1).bit_length()
+        latency = (local - 1) * self.intra.latency + depth * self.inter.latency
+        if kind == "all_reduce":
+            return 2 * (latency + nbytes / self._rate(kind, nodes, local))
+        column = nbytes * (nodes - 1) / world / self.inter.rate(kind)
+        within = nbytes * (local - 1) / local / self.intra.rate(kind)
+        ring = nbytes * (world - 1) / world / self._rate(kind, nodes, local)
+        return latency + max(column + within, ring)
+
+    def dumps(self) -> str:
+        """JSON, keys in the order of this class."""
+        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the description as JSON, for `cluster_of` and `--cluster`."""
+        Path(path).write_text(self.dumps())
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> "Cluster":
+        """A saved cluster. Raises PlanError, in one line, for a file that is none."""
+        try:
+            return Cluster.model_validate_json(Path(path).read_bytes())
+        except OSError as error:
+            raise PlanError(f"{path}: {error.strerror}") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise PlanError(f"{path} is not a cluster: {where}: {first['msg']}") from error

@@ -1,11 +1,14 @@
 """When each node of a step starts and ends on one rank of a described cluster.
 
-The host issues nodes in order. Compute runs them one after another; a collective starts when it is
-issued, its inputs are there and those before it on its stream are done; `wait` holds compute until its
-collective is done.
+The host issues nodes in order, ahead of an asynchronous device. Compute runs them one after another. The
+collectives share one stream and run in the order of their issue, each when its inputs are there; a
+`wait` holds compute until its collective is done. Where both take the same cores (CPU, gloo), compute and
+a collective that run at once slow each other by fixed shares.
 """
 
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, cast
 
@@ -15,7 +18,7 @@ from zerograph import ops
 from zerograph.cost.cluster import Cluster
 from zerograph.cost.traffic import collective_bytes, name_of
 from zerograph.cost.work import work_of
-from zerograph.ir import REGIONS, TrainGraph, is_call, region_of
+from zerograph.ir import REGIONS, TrainGraph, is_call, is_view, region_of
 from zerograph.precision import short
 
 Stream = Literal["compute", "communication", "copy"]
@@ -65,37 +68,142 @@ class Timeline:
 
 def timeline_of(graph: TrainGraph, cluster: Cluster) -> Timeline:
     """The predicted timeline of `graph` on `cluster`."""
-    spans: list[Span] = []
-    done: dict[fx.Node, float] = {}
-    now = waited = 0.0
-    free = dict.fromkeys(STREAMS, 0.0)
-    for region in REGIONS:
-        for index, node in _numbered(graph, region):
-            if is_call(node, ops.wait):
-                end = done.get(cast(fx.Node, node.args[0]), now)
-                waited += max(0.0, end - now)
-                now = max(now, end)
-            elif is_call(node, *ops.COLLECTIVES):
-                start = max(now, free["communication"])
-                took = cluster.collective(name_of(node), collective_bytes(node), graph.world)
-                done[node] = free["communication"] = start + took
-                spans.append(Span(index, region, "communication", start, start + took))
+    return _Rank(graph, cluster).run()
+
+
+@dataclass
+class _Pending:
+    """A collective under way, or in the queue behind it."""
+
+    node: int
+    region: str
+    left: float
+    """Seconds that it still takes when nothing slows it."""
+    begun: float | None = None
+
+
+@dataclass
+class _Rank:
+    """The clocks of one rank. `now` is the compute stream's, `host` the host's; on a CPU they are one."""
+
+    graph: TrainGraph
+    cluster: Cluster
+    now: float = 0.0
+    host: float = 0.0
+    waited: float = 0.0
+    queue: deque[_Pending] = field(default_factory=deque)
+    spans: list[Span] = field(default_factory=list)
+
+    def run(self) -> Timeline:
+        started: dict[fx.Node, int] = {}
+        for index, node in _numbered(self.graph):
+            if is_call(node, *ops.COLLECTIVES):
+                self._issue(index, node)
+                started[node] = index
+            elif is_call(node, ops.wait):
+                self._await(started.get(cast(fx.Node, node.args[0]), -1))
             else:
-                took = _compute(node, cluster)
-                if took:
-                    spans.append(Span(index, region, "compute", now, now + took))
-                now += took
-    return Timeline(tuple(spans), waited)
+                self._compute(index, node)
+        while self.queue:
+            self._finish_first()
+        return Timeline(tuple(sorted(self.spans, key=lambda span: span.node)), self.waited)
+
+    def _compute(self, index: int, node: fx.Node) -> None:
+        device, work = self.cluster.device, work_of(node)
+        if work.flops or work.nbytes:
+            took = device.seconds(work.flops, work.nbytes, short(work.dtype))
+            self._busy(index, node, device.launch, took)
+        elif is_view(node):
+            self._host(device.view)
+
+    def _issue(self, index: int, node: fx.Node) -> None:
+        """Start a collective behind what its stream has, once what compute has is done."""
+        kind, nbytes, world = name_of(node), collective_bytes(node), self.graph.world
+        if world == 1:
+            return
+        copied = self.cluster.copied(kind, nbytes, world)
+        self._host(self.cluster.device.launch)
+        if copied:
+            self._advance(self.cluster.device.seconds(0, copied, "f32"))
+        took = self.cluster.collective(kind, nbytes, world)
+        self.queue.append(_Pending(index, region_of(node), took))
+        self._begin_first()
+
+    def _await(self, index: int) -> None:
+        before = self.now
+        while any(pending.node == index for pending in self.queue):
+            self._finish_first()
+        self.waited += self.now - before
+        self._meet()
+
+    def _busy(self, index: int, node: fx.Node, launch: float, took: float) -> None:
+        """Start an operator and let it run."""
+        if self.cluster.device.asynchronous:
+            self._host(launch)
+            start = self.now
+            self._advance(took)
+        else:
+            start = self.now
+            self._advance(launch + took)
+        self.spans.append(Span(index, region_of(node), "compute", start, self.now))
+
+    # Clocks
+
+    def _host(self, seconds: float) -> None:
+        """The host works; compute stands still if there is nothing ahead of it."""
+        if self.cluster.device.asynchronous:
+            self.host += seconds
+            self._idle_until(self.host)
+        else:
+            self._advance(seconds)
+
+    def _meet(self) -> None:
+        """A host that is one with compute has waited as well."""
+        if not self.cluster.device.asynchronous:
+            self.host = self.now
+
+    def _advance(self, work: float) -> None:
+        """Compute for `work` seconds of undisturbed time."""
+        compute = 1 - self.cluster.slows_compute
+        collective = 1 - self.cluster.slowed_by_compute
+        while self.queue:
+            first = self.queue[0]
+            if work / compute < first.left / collective:
+                first.left -= work / compute * collective
+                work /= compute
+                break
+            work -= first.left / collective * compute
+            self.now += first.left / collective
+            self._end_first()
+        self.now += work
+        self._meet()
+
+    def _idle_until(self, moment: float) -> None:
+        """Compute has nothing to do before `moment`; collectives go on."""
+        while self.queue and self.now + self.queue[0].left <= moment:
+            self._finish_first()
+        if self.queue:
+            self.queue[0].left -= max(0.0, moment - self.now)
+        self.now = max(self.now, moment)
+
+    def _finish_first(self) -> None:
+        """Compute stands still until the collective under way is done."""
+        self.now += self.queue[0].left
+        self._end_first()
+
+    def _end_first(self) -> None:
+        done = self.queue.popleft()
+        assert done.begun is not None
+        self.spans.append(Span(done.node, done.region, "communication", done.begun, self.now))
+        self._begin_first()
+
+    def _begin_first(self) -> None:
+        if self.queue and self.queue[0].begun is None:
+            self.queue[0].begun = self.now
 
 
-def _numbered(graph: TrainGraph, region: str) -> list[tuple[int, fx.Node]]:
-    return [(i, n) for i, n in enumerate(graph.nodes()) if region_of(n) == region]
-
-
-def _compute(node: fx.Node, cluster: Cluster) -> float:
-    """Roofline: the slower of the products and of the memory traffic, and the launch."""
-    work, device = work_of(node), cluster.device
-    if not work.flops and not work.nbytes:
-        return 0.0
-    rate = device.flops.get(short(work.dtype), device.flops["f32"])
-    return device.launch + max(work.flops / rate, work.nbytes / device.bandwidth)
+def _numbered(graph: TrainGraph) -> Iterator[tuple[int, fx.Node]]:
+    """Nodes in the order in which they run, with their indices."""
+    nodes = list(enumerate(graph.nodes()))
+    for region in REGIONS:
+        yield from ((index, node) for index, node in nodes if region_of(node) == region)

@@ -6,12 +6,14 @@
     zero.release %b0              ->  nothing: a value's storage ends with its last use
     zero.update ..                ->  a kernel
 
+Every node of a program carries in `meta["plan"]` the index in `graph.nodes()` of the node that it comes from.
 This is the only file that knows c10d. With a world of one rank no collective is left. A program takes
 its inputs in a list that it empties, so that each input's storage can end at its last use.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, cast
 
 import torch
@@ -36,6 +38,8 @@ class Program:
     """Roles of the inputs; kind "saved" is the forward's saved value of that name."""
     outputs: int
     """Number of results (forward), gradients (backward) or scalars (step) in the answer."""
+    first: int
+    """Index in `graph.nodes()` of the region's first node."""
     saved: tuple[str, ...] = ()
     """Names of the values that the forward's answer ends with."""
 
@@ -67,8 +71,10 @@ class _Builder:
         for node in self._needed(nodes, (*results, *saved)):
             self.values[node] = self.out.placeholder(node.name)
             self.inputs.append(self._role(node))
-        for node in nodes:
+        first = self.graph.nodes().index(nodes[0]) if nodes else 0
+        for index, node in enumerate(nodes, first):
             self._emit(node)
+            self._mark(index)
         returned = [self.values[n] if n is not None else None for n in (*results, *saved)]
         self.out.output(tuple(returned))
         self.out.set_codegen(_Boxed())
@@ -76,7 +82,7 @@ class _Builder:
             self.graph.module, self.out, class_name=f"Zero{self.region.title()}"
         )
         names = tuple(n.name for n in saved if n is not None)
-        return Program(self.region, module, tuple(self.inputs), len(results), names)
+        return Program(self.region, module, tuple(self.inputs), len(results), first, names)
 
     def _needed(self, nodes: Sequence[fx.Node], results: Sequence[fx.Node | None]) -> list[fx.Node]:
         """Values from outside the region that it reads, in graph order."""
@@ -107,6 +113,11 @@ class _Builder:
             self.values[node] = result
             result.meta["val"] = node.meta.get("val")
 
+    def _mark(self, index: int) -> None:
+        """Say of the nodes made last which node of the plan they come from."""
+        for made in takewhile(_unmarked, reversed(self.out.nodes)):
+            made.meta["plan"] = index
+
     def _value(self, node: fx.Node) -> fx.Node:
         return self.values[node]
 
@@ -119,6 +130,10 @@ class _Builder:
     def collective(self, target: Callable[..., Any], alone: fx.Node, *args: Any) -> fx.Node:
         """`target(*args)`, or `alone` when there is nobody to talk to."""
         return alone if self.graph.world == 1 else self.call(target, *args)
+
+
+def _unmarked(node: fx.Node) -> bool:
+    return node.op != "placeholder" and "plan" not in node.meta
 
 
 Handler = Callable[[_Builder, fx.Node], fx.Node | None]

@@ -8,7 +8,7 @@ The backward program is made for the gradients that arrive, at the first backwar
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 from weakref import WeakSet
 
 import torch
@@ -51,6 +51,15 @@ def _arriving(plan: Plan) -> tuple[str, ...]:
     return tuple(r.name for r in plan.graph.results if r.name in names and r.differentiable)
 
 
+Execute = Callable[[Program, list[Any]], tuple[Any, ...]]
+"""Runs a program on a list of inputs, which it empties."""
+
+
+def execute(program: Program, inputs: list[Any]) -> tuple[Any, ...]:
+    """Run a program as it was compiled; while a run is recorded another function takes its place."""
+    return cast(tuple[Any, ...], program.module(inputs))
+
+
 @dataclass
 class Runner:
     """Runs compiled calls on one engine's state."""
@@ -59,6 +68,7 @@ class Runner:
     state: State
     received: Callable[[Plan], None]
     """Told the plan of every backward that ran."""
+    execute: Execute = execute
     anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
     """An input that requires grad, so that autograd always has a reason to come back."""
 
@@ -84,7 +94,7 @@ class Runner:
         values = [
             self._input(role, compiled, by_name, by_symbol) for role in compiled.forward.inputs
         ]
-        returned = compiled.forward.module(values)
+        returned = self.execute(compiled.forward, values)
         count = compiled.forward.outputs
         results, saved = returned[:count], list(returned[count:])
         kept = []
@@ -118,7 +128,7 @@ class Runner:
             values.append(self.state.resolve(role) if source is None else source[role.name])
         saved.clear()
         gradients.clear()
-        returned = program.module(values)
+        returned = self.execute(program, values)
         answers: dict[str, Tensor] = {}
         for entry, value in zip(plan.graph.gradients, returned, strict=True):
             if entry.kind == "kept":

@@ -18,6 +18,7 @@ from zerograph.passes.lower import Program
 from zerograph.plan import Plan
 from zerograph.runtime.loss_scale import LossScaler, scaler_of
 from zerograph.runtime.optimizer import ShardedOptimizer
+from zerograph.runtime.run import Execute, execute
 from zerograph.runtime.state import State
 
 _log = logging.getLogger("zerograph")
@@ -46,6 +47,7 @@ class Updates:
     """Of the losses since the last update, with weighted accumulation."""
     chosen: tuple[Plan, Program] | None = None
     """The plan whose step region is run, and that region lowered."""
+    execute: Execute = execute
 
     @classmethod
     def of(cls, config: ZeroConfig, state: State, optimizer: ShardedOptimizer | None) -> "Updates":
@@ -142,7 +144,7 @@ class Updates:
         program = self.chosen[1]
         inputs = [self._input(role.kind, role) for role in program.inputs]
         self.drop()
-        (norm,) = program.module(inputs)
+        (norm,) = self.execute(program, inputs)
         self.norm = float(norm)
         self.applied = math.isfinite(self.norm) or not _may_skip(program)
         self.state.version += self.applied

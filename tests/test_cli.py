@@ -1,5 +1,6 @@
 """The command line: what it prints, what it saves, and how it ends."""
 
+import io
 import json
 import os
 import pty
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import tomllib
 import torch
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import zerograph
@@ -19,7 +21,7 @@ from zerograph.cli import app, tables
 from zerograph.cli.huggingface import inputs_of, model_of, read_config
 from zerograph.cli.inputs import parse_input
 from zerograph.cli.source import build
-from zerograph.document import Document
+from zerograph.document import Document, HeldEntry
 from zerograph.errors import PlanError
 from zerograph.text import size
 
@@ -518,6 +520,19 @@ def test_export_wants_something_to_write(folder: Path) -> None:
 
 
 # tables
+
+
+def test_the_largest_holders_are_named(folder: Path, tmp_path: Path) -> None:
+    held = (("blocks.1", "activations", 2048), ("", "gradients", 1024))
+    entries = [HeldEntry(owner=o, category=c, bytes=n) for o, c, n in held]
+    document = Document.load(folder / "plan3.json")
+    memory = document.memory.model_copy(update={"at_peak": tuple(entries)})
+    parts = tables.plan_parts(document.model_copy(update={"memory": memory}))
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(*parts)
+    rows = [" ".join(line.split()) for line in console.export_text().splitlines()]
+    at = rows.index("largest holders of bytes")
+    assert rows[at + 1 : at + 3] == ["blocks.1 activations 2.0 KiB", "(root) gradients 1.0 KiB"]
 
 
 def test_layers_are_folded_by_their_numbers_alone() -> None:

@@ -20,6 +20,8 @@ from zerograph.trace import Trace
 
 MICRO = "train_micro_batch_size_per_gpu"
 STEPS = "gradient_accumulation_steps"
+ROOT = "(root)"
+"""How a holder of memory is called that no module inside the model owns."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ def _cost(candidate: Candidate) -> tuple[float, int]:
 
 
 def _held(held: Held) -> str:
-    return f"most is {held.category} of {held.owner} {size(held.bytes)}"
+    return f"most is {held.category} of {held.owner or ROOT} {size(held.bytes)}"
 
 
 def _shown(choice: Mapping[str, Any]) -> str:

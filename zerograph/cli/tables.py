@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zerograph.document import BucketEntry, Document
+from zerograph.fit import ROOT
 from zerograph.text import duration, size
 
 _WIDE = 1000
@@ -144,7 +145,7 @@ def _peak(document: Document) -> Iterator[RenderableType]:
     alive = dict(zip(memory.categories, node.alive))
     yield table(("", ">bytes"), [(name, size(n)) for name, n in alive.items() if n])
     if memory.at_peak:
-        largest = [(h.owner, h.category, size(h.bytes)) for h in memory.at_peak[:5]]
+        largest = [(h.owner or ROOT, h.category, size(h.bytes)) for h in memory.at_peak[:5]]
         yield Text()
         yield table(("largest holders", "of", ">bytes"), largest)
 

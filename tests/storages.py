@@ -1,7 +1,8 @@
 """Bytes of real storages: what a run holds at each operator, told from the tensors themselves.
 
 Storages are followed from the operator that makes them until they are freed. What an operator uses
-inside, and frees before it returns, is not seen.
+inside, and frees before it returns, is not seen. What a reduce-scatter sends is held here until its
+wait: NCCL holds it so, and gloo a copy of it, made inside, which would not be seen.
 """
 
 import weakref
@@ -13,6 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+BOUND = 0.05
+"""How far a planned peak may be from a measured one, of the latter."""
+c10d = torch.ops._c10d_functional
+
 
 class Storages(TorchDispatchMode):
     """Counts the bytes of all storages that are alive; `held` are those from before the run."""
@@ -22,8 +27,8 @@ class Storages(TorchDispatchMode):
         self.alive = 0
         self.peak = 0
         """Most bytes alive at the end of an operator, whose inputs are alive as well."""
-        self.at_peak = ""
         self._seen: dict[int, Any] = {}
+        self._sent: dict[int, Tensor] = {}
         for tensor in held:
             self.see(tensor)
 
@@ -41,15 +46,16 @@ class Storages(TorchDispatchMode):
 
         self._seen[key] = weakref.ref(storage, freed)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves((args, kwargs, result)):
             if isinstance(leaf, Tensor):
                 self.see(leaf)
-        if self.alive > self.peak:
-            self.peak, self.at_peak = self.alive, str(func)
+        self.peak = max(self.peak, self.alive)
+        if func is c10d.reduce_scatter_tensor.default:
+            self._sent[result.untyped_storage()._cdata] = args[0]
+        elif func is c10d.wait_tensor.default:
+            self._sent.pop(result.untyped_storage()._cdata, None)
         return result
 
 
@@ -62,3 +68,8 @@ def held_by(engine: Any) -> list[Tensor]:
         if tensor is not None
     ]
     return [*flat, *engine.module.buffers()]
+
+
+def close(held: int, planned: int) -> bool:
+    """Whether the planned peak is near enough to what a run held."""
+    return abs(planned - held) <= BOUND * held

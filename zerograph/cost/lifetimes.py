@@ -39,9 +39,9 @@ from zerograph.ir import (
 
 _RESIDENT = ("full", "shard", "master", "state", "buffer", "constant", "param", "size", "hyper")
 """Placeholders that are no storage of the step's own."""
-_IN_PLACE = (ops.wait, ops.put, ops.param, ops.all_reduce, ops.refresh)
-_ALONE = (ops.gather, ops.reduce_scatter, ops.gather_partials, ops.any_rank, ops.sum_weights)
-"""Collectives that answer their input where there is nobody to talk to."""
+_IN_PLACE = frozenset((ops.wait, ops.put, ops.param, ops.all_reduce, ops.refresh))
+_ALONE = _IN_PLACE | frozenset(ops.COLLECTIVES)
+"""What answers its first argument where there is nobody to talk to."""
 
 
 @dataclass(slots=True)
@@ -112,8 +112,8 @@ class Lifetimes:
         first = node.args[0] if node.args else None
         if not isinstance(first, fx.Node):
             return self._new(node, index, self._category(node))
-        alone = self.graph.world == 1 and is_call(node, *_ALONE)
-        if alone or is_view(node) or is_call(node, *_IN_PLACE):
+        in_place = _ALONE if self.graph.world == 1 else _IN_PLACE
+        if node.target in in_place or is_view(node):
             return self.of[first]
         if getattr(node.target, "__name__", "") == "getitem":
             return [self.of[first][cast(int, node.args[1])]]

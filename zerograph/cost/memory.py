@@ -90,12 +90,13 @@ class Memory:
     @cached_property
     def alive(self) -> tuple[tuple[int, ...], ...]:
         """Bytes alive during each call of the graph, by category in the order of CATEGORIES."""
-        changes = {c: [self.resident.get(c, 0)] + [0] * len(self.places) for c in CATEGORIES}
+        count = len(self.places)
+        changes = {c: [self.resident.get(c, 0)] + [0] * (count + 1) for c in CATEGORIES}
         for stored in self.stored:
             change = changes[stored.category]
             change[stored.birth] += stored.nbytes
             change[stored.death + 1] -= stored.nbytes
-        return tuple(zip(*(accumulate(change[:-1]) for change in changes.values())))
+        return tuple(zip(*(accumulate(change[:count]) for change in changes.values())))
 
     @cached_property
     def peak(self) -> int:

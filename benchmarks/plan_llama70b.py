@@ -119,7 +119,7 @@ def stopwatches(seconds: dict[str, float]) -> Iterator[None]:
     watched = [
         (compat, "capture", CAPTURE[0]),
         (compat, "export_joint", CAPTURE[1]),
-        (pipeline, "text", "text after every pass"),
+        (pipeline, "forms", "text after every pass"),
     ]
     with ExitStack() as stack:
         for owner, name, stage in watched:

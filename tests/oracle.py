@@ -1,5 +1,6 @@
 """What each rank computes for the parity tests: DDP, fully_shard, and zerograph at each stage."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import zerograph
 from tests.models import batch_for, loss_of, make
+from tests.storages import Storages, held_by
 from zerograph.layout import repeated_blocks
 
 STEPS = 5
@@ -77,11 +79,15 @@ def ours(name: str, rank: int, stage: int, optimizer: str, **extra: Any) -> dict
     first: dict[str, Any] = {}
     norms = []
     for step in range(STEPS):
-        loss = loss_of(engine(**batch_for(name, rank + 10 * step)))
-        engine.backward(loss)
-        if step == 0:
-            first = {"loss": loss.detach(), "gradients": engine.gradients()}
-        engine.step()
+        batch = batch_for(name, rank + 10 * step)
+        with Storages([*held_by(engine), *batch.values()]) if step == 1 else nullcontext() as seen:
+            output = engine(**batch)
+            engine.backward(loss := loss_of(output))
+            if step == 0:
+                first = {"loss": loss.detach(), "gradients": engine.gradients()}
+            engine.step()
+        if isinstance(seen, Storages):
+            first["peaks"] = seen.peak, engine.plan.memory.peak
         norms.append(engine.get_global_grad_norm())
     return {**first, "state": engine.state_dict(), "norms": norms}
 
@@ -115,6 +121,7 @@ def compare(rank: int, world: int, name: str) -> dict[str, Any]:
             )
             report[f"{key} state error"] = state_error(found["state"], expected["state"])
             report[f"{key} stages"] = differing(found["state"], stages[0]["state"])
+            report[f"{key} peaks"] = found["peaks"]
             report[f"{key} norms"] = found["norms"] == stages[0]["norms"]
     return report
 

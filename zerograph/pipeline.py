@@ -17,7 +17,7 @@ from typing import ClassVar, Protocol
 from zerograph.compat import trace_text
 from zerograph.errors import PlanError
 from zerograph.ir import TrainGraph, eliminate_dead_code
-from zerograph.text import Line, lines
+from zerograph.text import Line, forms
 from zerograph.verify import verify
 
 
@@ -96,9 +96,8 @@ def run(graph: TrainGraph, passes: Sequence[Pass], *, keep_text: bool = True) ->
 def _record(
     name: str, did: str, graph: TrainGraph, seconds: float, check: float, keep_text: bool
 ) -> Record:
-    full = tuple(lines(graph, name)) if keep_text else ()
-    skeleton = tuple(lines(graph, name, skeleton=True)) if keep_text else ()
-    return Record(name, did, full, skeleton, seconds, check)
+    full, skeleton = forms(graph, name) if keep_text else ((), ())
+    return Record(name, did, tuple(full), tuple(skeleton), seconds, check)
 
 
 def _log(history: History, graph: TrainGraph) -> None:

@@ -274,6 +274,7 @@ def passes_for(
     zero = config.zero_optimization
     max_live = zero.stage3_max_live_parameters
     graph.notes["max_live"] = max_live
+    graph.notes["accumulation"] = config.batch(graph.world).accumulation
     average = average_of(config, graph.world)
     weighted = config.compile.weighted_accumulation
     return [

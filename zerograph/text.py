@@ -5,7 +5,7 @@ gather more or less renumbers nothing. One node a line, keyword arguments sorted
 ranks or names that torch made up. The summary comes last. The skeleton form folds runs of aten ops.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -57,21 +57,39 @@ def text(graph: TrainGraph, after: str, *, skeleton: bool = False) -> str:
 
 def lines(graph: TrainGraph, after: str, *, skeleton: bool = False) -> list[Line]:
     """The lines of the canonical text."""
-    names = _folded(_names(graph)) if skeleton else _names(graph)
+    return forms(graph, after)[skeleton]
+
+
+def forms(graph: TrainGraph, after: str) -> tuple[list[Line], list[Line]]:
+    """The lines of the full text and of the skeleton, whose names and costs are found once."""
+    names = _names(graph)
+    head = _head(graph, after)
+    full = _body(graph, names, lambda nodes: [_line(node, names) for node in nodes])
+    folded = _folded(names)
+    short = _body(graph, folded, lambda nodes: _skeleton(nodes, folded))
+    last = Line(summary(graph))
+    return [*head, *full, last], [*head, *short, last]
+
+
+def _head(graph: TrainGraph, after: str) -> list[Line]:
     head = f"# zerograph {VERSION} | {graph.model} | stage {graph.stage} | world {graph.world}"
-    found = [
+    return [
         Line(f"{head} | after {after}"),
         Line(f"precision  {graph.precision.describe()}"),
         *(Line(each) for each in (*_sizes(graph), *_buckets(graph))),
     ]
+
+
+def _body(
+    graph: TrainGraph, names: "_Names", shown: Callable[[list[fx.Node]], list[Line]]
+) -> Iterator[Line]:
+    """The lines of the regions, whose nodes are `shown`."""
     for region in REGIONS:
         nodes = graph.nodes(region)
         if nodes:
-            found.append(Line(f"{region}({_arguments(graph, region, names)})", region))
-            found += _skeleton(nodes, names) if skeleton else [_line(n, names) for n in nodes]
-            found += [Line(each, region) for each in _returns(graph, region, names)]
-    found.append(Line(summary(graph)))
-    return found
+            yield Line(f"{region}({_arguments(graph, region, names)})", region)
+            yield from shown(nodes)
+            yield from (Line(each, region) for each in _returns(graph, region, names))
 
 
 def summary(graph: TrainGraph) -> str:

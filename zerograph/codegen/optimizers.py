@@ -46,6 +46,8 @@ class Rule(Kind):
     """An optimizer that `update` applies. States are named as torch names them."""
 
     apply: Apply
+    temporaries: int
+    """Pieces of CHUNK elements that `apply` makes and holds at once at most, with weight decay."""
 
 
 def _adam(decoupled: bool) -> Apply:
@@ -139,6 +141,7 @@ ADAMW = Rule(
     _adam_states,
     _ADAM_SCALARS,
     _adam(decoupled=True),
+    temporaries=2,
 )
 """Decoupled weight decay, arXiv:1711.05101 algorithm 2."""
 
@@ -148,6 +151,7 @@ ADAM = Rule(
     _adam_states,
     _ADAM_SCALARS,
     _adam(decoupled=False),
+    temporaries=3,
 )
 """Adam with L2 regularisation, arXiv:1412.6980 algorithm 1."""
 
@@ -164,6 +168,7 @@ SGD = Rule(
     lambda options: ("momentum_buffer",) if options["momentum"] else (),
     ("lr", "momentum", "dampening", "weight_decay"),
     _sgd,
+    temporaries=1,
 )
 """SGD with momentum as torch.optim.SGD defines it (momentum times buffer plus gradient)."""
 
@@ -180,6 +185,7 @@ ADAGRAD = Rule(
     lambda options: ("sum",),
     ("lr", "lr_decay", "eps", "weight_decay"),
     _adagrad,
+    temporaries=2,
 )
 """Adagrad as torch.optim.Adagrad defines it, with L2 regularisation."""
 
@@ -189,6 +195,7 @@ LION = Rule(
     lambda options: ("exp_avg",),
     ("lr", "beta1", "beta2", "weight_decay"),
     _lion,
+    temporaries=1,
 )
 """Lion with decoupled weight decay, arXiv:2302.06675 algorithm 2."""
 

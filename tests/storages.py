@@ -1,0 +1,75 @@
+"""Bytes of real storages: what a run holds at each operator, told from the tensors themselves.
+
+Storages are followed from the operator that makes them until they are freed. What an operator uses
+inside, and frees before it returns, is not seen. What a reduce-scatter sends is held here until its
+wait: NCCL holds it so, and gloo a copy of it, made inside, which would not be seen.
+"""
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+BOUND = 0.05
+"""How far a planned peak may be from a measured one, of the latter."""
+c10d = torch.ops._c10d_functional
+
+
+class Storages(TorchDispatchMode):
+    """Counts the bytes of all storages that are alive; `held` are those from before the run."""
+
+    def __init__(self, held: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.alive = 0
+        self.peak = 0
+        """Most bytes alive at the end of an operator, whose inputs are alive as well."""
+        self._seen: dict[int, Any] = {}
+        self._sent: dict[int, Tensor] = {}
+        for tensor in held:
+            self.see(tensor)
+
+    def see(self, tensor: Tensor) -> None:
+        """Count the storage of `tensor` from now on, once."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+        self.alive += size
+
+        def freed(_: Any) -> None:
+            del self._seen[key]
+            self.alive -= size
+
+        self._seen[key] = weakref.ref(storage, freed)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs, result)):
+            if isinstance(leaf, Tensor):
+                self.see(leaf)
+        self.peak = max(self.peak, self.alive)
+        if func is c10d.reduce_scatter_tensor.default:
+            self._sent[result.untyped_storage()._cdata] = args[0]
+        elif func is c10d.wait_tensor.default:
+            self._sent.pop(result.untyped_storage()._cdata, None)
+        return result
+
+
+def held_by(engine: Any) -> list[Tensor]:
+    """What an engine holds from step to step."""
+    flat = [
+        tensor
+        for s in engine.state.storages.values()
+        for tensor in (s.full, s.shard, s.master, s.kept, *s.states.values())
+        if tensor is not None
+    ]
+    return [*flat, *engine.module.buffers()]
+
+
+def close(held: int, planned: int) -> bool:
+    """Whether the planned peak is near enough to what a run held."""
+    return abs(planned - held) <= BOUND * held

@@ -1,0 +1,180 @@
+"""Lifetimes: which storage each value of a TrainGraph lies in, and from when to when it is alive.
+
+    %1 = aten.mm(%0, %w)         a storage of its own, from here to the last use of it or a view of it
+    %2 = aten.view(%1, ..)       %1's
+    %3 = aten.native_layer_norm  one storage a result
+    zero.wait %b0, zero.put      their first argument's
+    %b0.sum = zero.accumulate    %b0.kept's; the gradient's own where nothing is kept yet
+
+as the lowered program has it, which forgets each value at its last use. Longer lives:
+
+    an input of a collective     until its wait
+    what the forward saves       at least to the end of the forward
+    what the forward returns     to the end of the step: the caller may hold its outputs
+    the batch                    throughout
+    an arriving gradient         to the end of the backward: autograd holds it
+
+An update makes temporaries, a cache-sized piece at a time (codegen/optimizers.py). What any other operator
+uses inside and frees before it returns (a convolution's workspace, a collective's staging) is not a
+storage of the graph, and not counted.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from torch import Tensor, fx
+
+from zerograph import ops
+from zerograph.codegen.optimizers import CHUNK, RULES
+from zerograph.compat import hint
+from zerograph.ir import (
+    TrainGraph,
+    bucket_of,
+    is_call,
+    is_view,
+    module_of,
+    region_of,
+    role_of,
+)
+
+_RESIDENT = ("full", "shard", "master", "state", "buffer", "constant", "param", "size", "hyper")
+"""Placeholders that are no storage of the step's own."""
+_IN_PLACE = frozenset((ops.wait, ops.put, ops.param, ops.all_reduce, ops.refresh))
+_ALONE = _IN_PLACE | frozenset(ops.COLLECTIVES)
+"""What answers its first argument where there is nobody to talk to."""
+
+
+@dataclass(slots=True)
+class Stored:
+    """One storage that the step makes or is given."""
+
+    owner: str
+    """FQN of the module that made it, or the block of its bucket."""
+    category: str
+    nbytes: int
+    birth: int
+    """Index in `graph.nodes()` of the call at which it is first alive."""
+    death: int
+    """Index of the last one."""
+    saved: bool = False
+    """Whether the forward made it and keeps it for the backward."""
+
+
+@dataclass
+class Lifetimes:
+    """The storages of a graph's step, in the order in which they appear."""
+
+    graph: TrainGraph
+    nodes: list[fx.Node]
+    found: list[Stored] = field(default_factory=list)
+    of: dict[fx.Node, list[Stored]] = field(default_factory=dict)
+    """The storages that a value lies in: several for an operator with several results."""
+
+    @classmethod
+    def read(cls, graph: TrainGraph, nodes: list[fx.Node]) -> "Lifetimes":
+        """The lifetimes of `graph`, whose calls are `nodes`."""
+        made = cls(graph, nodes)
+        regions = [region_of(node) for node in nodes]
+        forward = regions.count("forward")
+        backward = forward + regions.count("backward")
+        for node in graph.placeholders():
+            made._given(node, forward, backward)
+        for index, node in enumerate(nodes):
+            made._call(index, node)
+        made._leaves(forward, backward)
+        return made
+
+    def _given(self, node: fx.Node, forward: int, backward: int) -> None:
+        kind, end = role_of(node).kind, len(self.nodes) - 1
+        if kind in _RESIDENT:
+            self.of[node] = []
+        elif kind == "kept":
+            later = self.graph.notes.get("accumulation", 1) > 1
+            self.of[node] = self._new(node, 0, "gradients") if later else []
+        elif kind == "tangent":
+            self.of[node] = self._new(node, forward, "inputs", backward - 1)
+        elif kind == "input":
+            self.of[node] = self._new(node, 0, "inputs", end)
+        else:
+            self.of[node] = self._new(node, backward, "inputs")
+
+    def _call(self, index: int, node: fx.Node) -> None:
+        for source in node.all_input_nodes:
+            self._extend(source, index + 1)
+        if is_call(node, ops.wait):
+            for source in cast(fx.Node, node.args[0]).all_input_nodes:
+                self._extend(source, index + 1)
+        self.of[node] = self._lies_in(index, node)
+        if is_call(node, ops.update):
+            self.found.append(self._temporaries(index, node))
+
+    def _lies_in(self, index: int, node: fx.Node) -> list[Stored]:
+        first = node.args[0] if node.args else None
+        if not isinstance(first, fx.Node):
+            return self._new(node, index, self._category(node))
+        in_place = _ALONE if self.graph.world == 1 else _IN_PLACE
+        if node.target in in_place or is_view(node):
+            return self.of[first]
+        if getattr(node.target, "__name__", "") == "getitem":
+            return [self.of[first][cast(int, node.args[1])]]
+        if is_call(node, ops.accumulate):
+            grad = cast(fx.Node, node.args[1])
+            if self.of[first]:
+                return self.of[first]
+            if grad.meta["val"].dtype == node.meta["val"].dtype:
+                return self.of[grad]
+        return self._new(node, index, self._category(node))
+
+    def _new(self, node: fx.Node, birth: int, category: str, death: int = -1) -> list[Stored]:
+        bucket = self.graph.layout.buckets.get(bucket_of(node))
+        owner = bucket.block if bucket is not None else module_of(node)
+        last = max(birth, death)
+        made = [Stored(owner, category, n, birth, last) for n in _sizes(node.meta.get("val"))]
+        self.found += [stored for stored in made if stored.nbytes]
+        return made
+
+    def _category(self, node: fx.Node) -> str:
+        if is_call(node, ops.gather):
+            return "gathered"
+        reduces = is_call(node, ops.grad_buffer, ops.reduce_scatter, ops.accumulate)
+        return "gradients" if reduces or region_of(node) == "step" else "activations"
+
+    def _temporaries(self, index: int, node: fx.Node) -> Stored:
+        """What an update makes: of a rule's pieces, or of a user's class the gradients it is given."""
+        master, grad = (cast(fx.Node, a).meta["val"] for a in node.args[:2])
+        rule = RULES.get(cast(str, node.args[9]))
+        cast_first = grad.dtype != master.dtype
+        if rule is not None:
+            count = min(CHUNK, master.numel()) * (rule.temporaries + cast_first)
+        else:
+            count = master.numel() * int(cast_first or node.args[6] is not None)
+        block = self.graph.layout.buckets[bucket_of(node)].block
+        return Stored(block, "optimizer", count * master.dtype.itemsize, index, index)
+
+    def _leaves(self, forward: int, backward: int) -> None:
+        """Let what leaves a region live on; `forward` and `backward` are where these two end."""
+        end = len(self.nodes)
+        ends = {"output": end, "update": forward, "input_update": forward}
+        for result, node in zip(self.graph.results, self.graph.outputs("forward")):
+            self._extend(node, ends[result.kind])
+        for gradient, node in zip(self.graph.gradients, self.graph.outputs("backward")):
+            self._extend(node, backward if gradient.kind == "kept" else end)
+        for node in self.graph.outputs("saved"):
+            for stored in self._extend(node, forward):
+                stored.saved = stored.category != "inputs"
+
+    def _extend(self, node: fx.Node | None, stop: int) -> list[Stored]:
+        """Let a value live until the call before `stop`; answers its storages."""
+        found = [] if node is None else self.of[node]
+        for stored in found:
+            stored.death = max(stored.death, stop - 1)
+        return found
+
+
+def _sizes(value: Any) -> list[int]:
+    """Bytes of each result of an operator; 0 for one that is no tensor."""
+    if isinstance(value, Tensor):
+        return [hint(value.numel()) * value.dtype.itemsize]
+    if isinstance(value, (list, tuple)):
+        return [sum(_sizes(item)) for item in value]
+    return [0]

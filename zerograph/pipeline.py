@@ -17,7 +17,7 @@ from typing import ClassVar, Protocol
 from zerograph.compat import trace_text
 from zerograph.errors import PlanError
 from zerograph.ir import TrainGraph, eliminate_dead_code
-from zerograph.text import Line, forms
+from zerograph.text import Line, forms, lines
 from zerograph.verify import verify
 
 

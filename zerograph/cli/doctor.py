@@ -45,7 +45,7 @@ def _calibrate(output: str | None) -> None:
     """Measure and write the cluster that `--cluster` reads."""
     if output is None:
         raise PlanError("--calibrate writes a cluster: -o cluster.json")
-    from zerograph.calibrate import calibrate  # type: ignore
+    from zerograph.calibrate import calibrate
 
     cluster = calibrate(ranks=2)
     Path(output).write_bytes(TypeAdapter(Cluster).dump_json(cluster, indent=2) + b"\n")

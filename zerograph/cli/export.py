@@ -27,8 +27,8 @@ def export(
     """Write a plan in the form of another tool."""
     if chrome is None and dot is None:
         raise PlanError("nothing to write: give --chrome trace.json, --dot graph.dot, or both")
-    from zerograph.export import chrome_trace  # type: ignore
-    from zerograph.export import dot as graph  # type: ignore
+    from zerograph.export import chrome_trace
+    from zerograph.export import dot as graph
 
     document = document_of(target, config, options)
     if chrome is not None:

@@ -101,7 +101,7 @@ def recording_from(path: str | None) -> Any:
     """A recorded run of a plan, if one is given."""
     if path is None:
         return None
-    from zerograph.recording import Recording  # type: ignore
+    from zerograph.recording import Recording
 
     return Recording.load(path)
 

@@ -21,7 +21,7 @@ def report(
     ] = None,
 ) -> None:
     """Write a report of a plan: one HTML file that needs no network."""
-    from zerograph.report import render  # type: ignore
+    from zerograph.report import render
 
     document = document_of(target, config, options)
     Path(output).write_text(render(document, recording_from(run)), encoding="utf-8")

@@ -374,12 +374,15 @@ def _entry(knob: Knob) -> str:
 
 
 def _table(each: Silent) -> str:
+    """One row a reason; without reasons, one a section of the config."""
     rows: dict[str, list[str]] = {}
     for path, holding in silent().items():
         if holding is each:
-            rows.setdefault(row_for(path).here, []).append(f"`{path}`")
+            first = row_for(path).here if each.heading else f"`{path.rpartition('.')[0]}`"
+            shown = path if each.heading else path.rpartition(".")[2]
+            rows.setdefault(first, []).append(f"`{shown}`")
     if not each.heading:
-        return "\n".join(f"- {path}" for paths in rows.values() for path in paths)
+        return "\n".join(f"- {section}: {', '.join(paths)}" for section, paths in rows.items())
     lines = [f"| Keys | {each.heading} |", "|---|---|"]
     return "\n".join(
         [*lines, *(f"| {', '.join(paths)} | {here} |" for here, paths in rows.items())]

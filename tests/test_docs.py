@@ -1,4 +1,4 @@
-"""docs/cli.md: its commands are run, and its outputs are theirs.
+"""docs/cli.md and the README: their commands and code are run, and the outputs are theirs.
 
 They hold for one minor version of torch, whose decompositions the numbers of lines show.
 
@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
+import zerograph
 from tests.test_cli import ok, run
 from zerograph.doctor import examine
 
 ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "cli.md"
 FULL_TORCH = "2.13"
 BLOCK = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -61,6 +64,32 @@ def test_commands_print_what_the_page_says(
         PAGE.write_text(now)
     else:
         assert now == page
+
+
+@pytest.mark.skipif(
+    not torch.__version__.startswith(f"{FULL_TORCH}."), reason=f"the text is that of {FULL_TORCH}"
+)
+def test_the_readme_shows_a_plan_as_it_is() -> None:
+    """The code of "What a plan looks like" makes the text that stands below it."""
+    section = (
+        README.read_text().split("## What a plan looks like")[1].split("### On the command")[0]
+    )
+    code = re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)[0]
+    text = section.split("```\n# zerograph")[1].split("```")[0]
+    difference = "-summary" + section.split("\n-summary")[1].split("```")[0]
+    plans = []
+    for zero in ({"stage": 3}, {"stage": 3, "stage3_prefetch_bucket_size": 0}):
+        adamw = {"type": "AdamW", "params": {"lr": 1e-3}}
+        config = {"zero_optimization": zero, "optimizer": adamw}
+        names = {name: getattr(transformers, name) for name in ("LlamaConfig", "LlamaForCausalLM")}
+        names |= {"config": config, "torch": torch, "zerograph": zerograph}
+        exec(code.replace("print(plan)", ""), names)
+        plans.append(names["plan"])
+    known = str(plans[0]).splitlines()
+    shown = [line for line in text.splitlines()[1:] if "[...]" not in line]
+    assert len(shown) > 30
+    assert [line for line in shown if line not in known] == []
+    assert plans[0].diff(plans[1], skeleton=True).endswith(difference.rstrip("\n"))
 
 
 def test_the_page_shows_every_check_of_doctor() -> None:

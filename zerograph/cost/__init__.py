@@ -1,6 +1,7 @@
 """Static costs of a TrainGraph, for one rank. No rank, no device, no measurement is needed.
 
 traffic.py    bytes of values; collectives by kind
+lifetimes.py  which storage a value lies in, and how long that is alive
 memory.py     bytes held, by what they are for and by module, and the peak
 work.py       FLOPs and bytes of memory traffic of each node
 cluster.py    described machines: devices, links, and the time of a collective on them

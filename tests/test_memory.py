@@ -16,8 +16,10 @@ from tests.models import MODELS, batch_for, loss_of, make
 from tests.oracle import config_for
 from tests.ranks import run_ranks
 from tests.storages import Storages, close, held_by
+from zerograph import ops
 from zerograph.codegen.optimizers import CHUNK, RULES, Run, update
 from zerograph.cost import CATEGORIES, Memory
+from zerograph.ir import is_call
 from zerograph.plan import Plan
 
 STAGES = range(4)
@@ -191,7 +193,9 @@ def test_results_of_one_operator_are_counted_once_each() -> None:
     forward = [n for n in plan.graph.nodes("forward") if "zero" not in str(n.target)]
     assert "layer_norm" in str(forward[0].target)
     first = plan.graph.nodes().index(forward[0])
-    assert alive(plan, "activations")[first] == (32 + 4 + 4) * 4
+    taken = [i for i, n in enumerate(plan.graph.nodes("forward")) if "getitem" in str(n.target)]
+    assert len(taken) == 3
+    assert {alive(plan, "activations")[i] for i in (first, *taken)} == {(32 + 4 + 4) * 4}
     assert plan.memory.saved == (4 + 4) * 4
 
 
@@ -201,11 +205,13 @@ def test_one_rank_gathers_nothing() -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_gradients_are_alive_from_backward_to_update(stage: int) -> None:
-    """With accumulation they are alive from the start; what ends last is the last update."""
+    """All are kept once, in the buffers that were reduced; with accumulation from the start on."""
     plan = tiny.planned(tiny.trace_of("blocks"), stage)
     later = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2}
     accumulated = tiny.planned(tiny.trace_of("blocks"), stage, **later)
     assert alive(plan, "gradients")[0] == 0
+    ends = [i for i, n in enumerate(plan.graph.nodes()) if is_call(n, ops.accumulate)]
+    assert alive(plan, "gradients")[ends[-1]] == plan.memory.gradients
     assert alive(accumulated, "gradients")[0] == accumulated.memory.gradients > 0
     assert accumulated.memory.peak > plan.memory.peak
 

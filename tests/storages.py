@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-BOUND = 0.01
-"""How far a planned peak may be from a measured one, of the latter; 0.05 is what zerograph promises."""
+BOUND = 0.05
+"""How far a planned peak may be from a measured one, of the latter. Seen: under 0.01 on an idle machine."""
 c10d = torch.ops._c10d_functional
 
 

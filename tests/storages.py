@@ -5,6 +5,7 @@ inside, and frees before it returns, is not seen. What a reduce-scatter sends is
 wait: NCCL holds it so, and gloo a copy of it, made inside, which would not be seen.
 """
 
+import time
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -16,6 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 BOUND = 0.05
 """How far a planned peak may be from a measured one, of the latter. Seen: under 0.01 on an idle machine."""
+SETTLE = 0.005
+"""Seconds after a collective's wait in which gloo's thread lets go of the tensors that it holds."""
 c10d = torch.ops._c10d_functional
 
 
@@ -55,6 +58,7 @@ class Storages(TorchDispatchMode):
         if func is c10d.reduce_scatter_tensor.default:
             self._sent[result.untyped_storage()._cdata] = args[0]
         elif func is c10d.wait_tensor.default:
+            time.sleep(SETTLE)
             self._sent.pop(result.untyped_storage()._cdata, None)
         return result
 

@@ -12,9 +12,7 @@ says how), and fails unless that is what the plan's collectives send by `Cluster
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,6 @@ import payload
 import step
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -193,15 +190,6 @@ def write(options: argparse.Namespace, cluster: Cluster, rows: list[dict[str, An
     options.json.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def spawned(rank: int, store: str, options: argparse.Namespace) -> None:
-    """Join the process group of a spawned rank, and run."""
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=options.ranks
-    )
-    run(options)
-    dist.destroy_process_group()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=11, help="measured steps of each contestant")
@@ -211,14 +199,7 @@ def main() -> None:
     parser.add_argument("--bytes", action="store_true", help="count bytes instead of seconds")
     parser.add_argument("--cluster", type=Path, metavar="FILE", help="do not calibrate, read this")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
-    options = parser.parse_args()
-    if "RANK" in os.environ:
-        dist.init_process_group("gloo")
-        run(options)
-        dist.destroy_process_group()
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(spawned, (f"{folder}/store", options), nprocs=options.ranks)
+    step.launch(run, parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ DIGITS = 5
 STAGES = (0, 1, 2, 3)
 PEERS = ("ddp", "fully_shard")
 
+Run = Callable[[argparse.Namespace], None]
 Step = Callable[[Mapping[str, Tensor]], Tensor]
 """Trains on one batch and answers the loss."""
 
@@ -265,11 +266,20 @@ def run(options: argparse.Namespace) -> None:
             options.json.write_text(json.dumps(report(times), indent=2) + "\n")
 
 
-def spawned(rank: int, store: str, options: argparse.Namespace) -> None:
-    """Join the process group of a spawned rank, and run."""
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=options.ranks
-    )
+def launch(run: Run, options: argparse.Namespace) -> None:
+    """`run(options)` in the process group of torchrun, else on `options.ranks` spawned ranks."""
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+        run(options)
+        dist.destroy_process_group()
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_spawned, (f"{folder}/store", run, options), nprocs=options.ranks)
+
+
+def _spawned(rank: int, store: str, run: Run, options: argparse.Namespace) -> None:
+    init = f"file://{store}"
+    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=options.ranks)
     run(options)
     dist.destroy_process_group()
 
@@ -280,14 +290,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2, help="ranks to spawn (not with torchrun)")
     parser.add_argument("--stages", type=int, nargs="+", default=list(STAGES))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
-    options = parser.parse_args()
-    if "RANK" in os.environ:
-        dist.init_process_group("gloo")
-        run(options)
-        dist.destroy_process_group()
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(spawned, (f"{folder}/store", options), nprocs=options.ranks)
+    launch(run, parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -23,6 +23,9 @@ from zerograph.cli.inputs import parse_input
 from zerograph.cli.source import build
 from zerograph.document import Document, HeldEntry
 from zerograph.errors import PlanError
+from zerograph.export import chrome_trace, dot
+from zerograph.recording import Recording, SpanEntry
+from zerograph.report import render
 from zerograph.text import size
 
 ROOT = Path(__file__).parent.parent
@@ -513,6 +516,32 @@ def test_every_command_has_help() -> None:
     for name in ("plan", "show", "diff", "report", "export", "doctor"):
         assert f"  {name} " in ok("--help")
         assert "--traceback" in ok(name, "--help")
+
+
+def test_report_and_export_write_what_the_library_makes(folder: Path, tmp_path: Path) -> None:
+    plan = Document.load(folder / "plan3.json")
+    page, trace, graph = (tmp_path / name for name in ("report.html", "trace.json", "graph.dot"))
+    run_file = tmp_path / "run.json"
+    node = next(i for i, n in enumerate(plan.nodes) if n.stream == "compute")
+    span = SpanEntry(node=node, region="forward", stream="compute", start=0.0, seconds=0.5)
+    run = Recording(model=plan.model, stage=plan.stage, world=plan.world, rank=0, spans=(span,))
+    run.save(run_file)
+    ok("report", folder / "plan3.json", "-o", page)
+    assert page.read_text() == render(plan)
+    ok("report", folder / "plan3.json", "-o", page, "--run", run_file)
+    assert page.read_text() == render(plan, run) != render(plan)
+    ok("export", folder / "plan3.json", "--chrome", trace, "--dot", graph, "--run", run_file)
+    assert trace.read_text() == chrome_trace(plan, run)
+    assert graph.read_text() == dot(plan)
+
+
+def test_a_calibration_is_a_cluster_to_plan_for(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "cluster.json"
+    assert "this machine is in" in ok("doctor", "--calibrate", "-o", file)
+    saved = tmp_path / "plan.json"
+    ok("plan", *BLOCKS, "--config", folder / "3.json", "--cluster", file, "-o", saved)
+    time = Document.load(saved).time
+    assert time.cluster == "this machine" and time.step > 0
 
 
 def test_export_wants_something_to_write(folder: Path) -> None:

@@ -7,26 +7,18 @@ without the model, without tracing and without the torch that made it. The JSON 
 from run to run: no times of this machine, no paths, no ids.
 """
 
-import json
-import os
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import model_validator
 
 from zerograph.countable import Countable
 from zerograph.errors import PlanError, suggestion
 from zerograph.ir import REGIONS
+from zerograph.saved import Entry, Saved
 from zerograph.text import Line
 
-FORMAT: Literal[1] = 1
 
-
-class _Entry(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class BucketEntry(_Entry):
+class BucketEntry(Entry):
     """One bucket of the layout."""
 
     name: str
@@ -40,7 +32,7 @@ class BucketEntry(_Entry):
     shard_numel: int
 
 
-class PassEntry(_Entry):
+class PassEntry(Entry):
     """One pass: what it did, and the text after it as indices into `Document.lines`."""
 
     name: str
@@ -49,7 +41,7 @@ class PassEntry(_Entry):
     skeleton: tuple[int, ...]
 
 
-class NodeEntry(_Entry):
+class NodeEntry(Entry):
     """One call of the final graph, in order."""
 
     op: str
@@ -71,7 +63,7 @@ class NodeEntry(_Entry):
     """Bytes alive while it runs, by category, in the order of MemoryEntry.categories."""
 
 
-class HeldEntry(_Entry):
+class HeldEntry(Entry):
     """Bytes alive at the peak that one module or bucket accounts for."""
 
     owner: str
@@ -79,7 +71,7 @@ class HeldEntry(_Entry):
     bytes: int
 
 
-class MemoryEntry(_Entry):
+class MemoryEntry(Entry):
     """Predicted bytes on one rank."""
 
     categories: tuple[str, ...]
@@ -96,14 +88,14 @@ class MemoryEntry(_Entry):
     at_peak: tuple[HeldEntry, ...]
 
 
-class TrafficEntry(_Entry):
+class TrafficEntry(Entry):
     """Collectives of one kind in a step."""
 
     count: int
     nbytes: int
 
 
-class TimeEntry(_Entry):
+class TimeEntry(Entry):
     """The predicted step on a described cluster, in seconds."""
 
     cluster: str
@@ -113,10 +105,12 @@ class TimeEntry(_Entry):
     waited: float
 
 
-class Document(_Entry, Countable):
+class Document(Saved, Countable):
     """One plan as data. `Plan.document()` makes it, `save` and `load` keep it."""
 
-    format: Literal[1] = FORMAT
+    called: ClassVar[str] = "a saved plan"
+
+    format: Literal[1] = 1
     model: str
     stage: int
     world: int
@@ -203,38 +197,8 @@ class Document(_Entry, Countable):
                 return entry
         raise PlanError(f"no pass {name!r}{suggestion(name, [p.name for p in self.passes])}")
 
-    def dumps(self) -> str:
-        """JSON, keys in the order of this class."""
-        return json.dumps(self.model_dump(mode="json"), separators=(",", ":")) + "\n"
-
     def _document(self) -> "Document":
         return self
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        Path(path).write_text(self.dumps())
-
-    @staticmethod
-    def load(path: str | os.PathLike[str]) -> "Document":
-        """A saved plan. Raises PlanError, in one line, for a file that is none."""
-        try:
-            given = json.loads(Path(path).read_text())
-            version = given.get("format") if isinstance(given, dict) else None
-            if isinstance(version, int) and version != FORMAT:
-                raise PlanError(
-                    f"{path} is a saved plan of format {version}, and this zerograph reads format {FORMAT}; "
-                    "save it again"
-                )
-            return Document.model_validate(given)
-        except OSError as error:
-            raise PlanError(f"{path}: {error.strerror}") from error
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the file"
-            raise PlanError(f"{path} is not a saved plan: {where}: {first['msg']}") from error
-        except PlanError:
-            raise
-        except ValueError as error:
-            raise PlanError(f"{path} is not a saved plan: {error}") from error
 
 
 def _of_layer(line: Line, layer: str) -> bool:

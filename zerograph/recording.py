@@ -5,23 +5,14 @@
 `zerograph.record` makes it; the report draws it under the predicted timeline of the same plan.
 """
 
-import json
-import os
-from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from zerograph.errors import PlanError
-
-FORMAT: Literal[1] = 1
+from zerograph.saved import Entry, Saved
 
 
-class _Entry(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class SpanEntry(_Entry):
+class SpanEntry(Entry):
     """One node's time. A collective's span goes from its start to the end of its wait."""
 
     node: int = Field(ge=0)
@@ -33,10 +24,12 @@ class SpanEntry(_Entry):
     seconds: float = Field(ge=0)
 
 
-class Recording(_Entry):
+class Recording(Saved):
     """One step of one rank. Spans are in the order in which they started."""
 
-    format: Literal[1] = FORMAT
+    called: ClassVar[str] = "a recording"
+
+    format: Literal[1] = 1
     model: str
     stage: int
     world: int
@@ -51,22 +44,3 @@ class Recording(_Entry):
     def busy(self, stream: str) -> float:
         """Seconds of all spans of a stream."""
         return sum(span.seconds for span in self.spans if span.stream == stream)
-
-    def dumps(self) -> str:
-        """JSON, keys in the order of this class."""
-        return json.dumps(self.model_dump(mode="json"), separators=(",", ":")) + "\n"
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        Path(path).write_text(self.dumps())
-
-    @staticmethod
-    def load(path: str | os.PathLike[str]) -> "Recording":
-        """A saved recording. Raises PlanError, in one line, for a file that is none."""
-        try:
-            return Recording.model_validate_json(Path(path).read_bytes())
-        except OSError as error:
-            raise PlanError(f"{path}: {error.strerror}") from error
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the file"
-            raise PlanError(f"{path} is not a recording: {where}: {first['msg']}") from error

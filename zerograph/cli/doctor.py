@@ -2,16 +2,13 @@
 
 import json as jsonlib
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import TypeAdapter
 
 from zerograph.cli.app import command
 from zerograph.cli.options import Json, Output
 from zerograph.cli.tables import show, table
-from zerograph.cost import Cluster
 from zerograph.doctor import examine
 from zerograph.errors import PlanError
 
@@ -48,5 +45,5 @@ def _calibrate(output: str | None) -> None:
     from zerograph.calibrate import calibrate
 
     cluster = calibrate(ranks=2)
-    Path(output).write_bytes(TypeAdapter(Cluster).dump_json(cluster, indent=2) + b"\n")
+    cluster.save(output)
     typer.echo(f"{cluster.name} is in {output}; zerograph plan --cluster {output} predicts with it")

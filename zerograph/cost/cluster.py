@@ -17,14 +17,11 @@ Rabenseifner, Gropp 2005, section 4), as in NCCL's PAT. gloo has rings only, and
 all-reduce of which each rank keeps its part.
 """
 
-import json
-import os
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
-from zerograph.errors import PlanError
+from zerograph.saved import Entry, Saved
 
 Kind = Literal["gather", "reduce_scatter", "all_reduce"]
 _KINDS: dict[str, Kind] = {
@@ -38,11 +35,7 @@ Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
-class _Described(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Device(_Described):
+class Device(Entry):
     """One accelerator (or one rank's share of a CPU)."""
 
     name: str
@@ -84,22 +77,25 @@ class Device(_Described):
         return self.kernel + max(products, nbytes / (self.bandwidth * self.memory_efficiency))
 
 
-class Link(_Described):
+class Link(Entry):
     """How a rank reaches others."""
 
     bandwidth: Rate
     """Bytes per second and direction, for one rank."""
     latency: Seconds
     """Of one message."""
-    efficiency: dict[Kind, Share] = {}
+    efficiency: dict[Kind, Share] = Field(default_factory=dict)
     """The share of `bandwidth` that a kind of collective reaches; all of it if not given."""
 
     def rate(self, kind: Kind) -> float:
         return self.bandwidth * self.efficiency.get(kind, 1.0)
 
 
-class Cluster(_Described):
+class Cluster(Saved):
     """Nodes of equal devices. A world no larger than `per_node` never leaves its node."""
+
+    called: ClassVar[str] = "a cluster"
+    indent: ClassVar[int | None] = 2
 
     name: str
     device: Device
@@ -172,23 +168,3 @@ class Cluster(_Described):
         within = nbytes * (local - 1) / local / self.intra.rate(kind)
         ring = nbytes * (world - 1) / world / self._rate(kind, nodes, local)
         return latency + max(column + within, ring)
-
-    def dumps(self) -> str:
-        """JSON, keys in the order of this class."""
-        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the description as JSON, for `cluster_of` and `--cluster`."""
-        Path(path).write_text(self.dumps())
-
-    @staticmethod
-    def load(path: str | os.PathLike[str]) -> "Cluster":
-        """A saved cluster. Raises PlanError, in one line, for a file that is none."""
-        try:
-            return Cluster.model_validate_json(Path(path).read_bytes())
-        except OSError as error:
-            raise PlanError(f"{path}: {error.strerror}") from error
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the file"
-            raise PlanError(f"{path} is not a cluster: {where}: {first['msg']}") from error

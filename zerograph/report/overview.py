@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from zerograph.blocks import folded_name, folds
 from zerograph.document import BucketEntry, Document
 from zerograph.report.recorded import Recorded
-from zerograph.report.units import count, duration, percent
-from zerograph.text import size
+from zerograph.report.units import count, percent
+from zerograph.text import duration, size
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Numbers as a person reads them. Bytes are `zerograph.text.size`."""
+"""Numbers as a person reads them. Bytes and seconds are `zerograph.text.size` and `duration`."""
 
 
 def count(number: int) -> str:
@@ -15,14 +15,6 @@ def operations(flops: int) -> str:
         if flops >= 10**power:
             return f"{flops / 10**power:.1f} {name}FLOP"
     return f"{flops} FLOP"
-
-
-def duration(seconds: float) -> str:
-    """`1.28 ms`: seconds with three digits."""
-    for unit, name in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        if seconds >= unit:
-            return f"{seconds / unit:.3g} {name}" if seconds < 1000 * unit else f"{seconds:,.0f} s"
-    return f"{seconds / 1e-9:.0f} ns"
 
 
 def percent(part: int, whole: int) -> str:

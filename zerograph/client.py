@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zerograph import compat
-from zerograph.codegen.optimizers import ADAGRAD, ADAM, ADAMW, SGD, Kind, Rule
+from zerograph.codegen.optimizers import ADAGRAD, ADAM, ADAMW, SGD, Rule
+from zerograph.codegen.rules import Kind
 from zerograph.config import ZeroConfig
 from zerograph.errors import PlanError
 from zerograph.probe import WHOLE, elementwise_states

@@ -20,7 +20,8 @@ from torch import nn
 
 from zerograph import pipeline
 from zerograph.client import Client, Given, client_of
-from zerograph.codegen.optimizers import RULES, Kind
+from zerograph.codegen.optimizers import RULES
+from zerograph.codegen.rules import Kind
 from zerograph.config import ZeroConfig, load_config
 from zerograph.cost import (
     Cluster,

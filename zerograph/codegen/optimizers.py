@@ -11,34 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Run:
-    """A range of a slice that one launch updates."""
-
-    start: int
-    stop: int
-    group: int
-    step: int
-    """The number of this update for the range's parameters, from 1."""
-
+from zerograph.codegen.rules import Kind, Run
 
 Apply = Callable[[Tensor, Tensor, Sequence[Tensor], Mapping[str, Any], int], None]
 """(master, grad, states, options, step number), in place; all slices of one length."""
 
 CHUNK = 1 << 15
 """Elements updated at a time, so that a rule's several passes over them stay in the cache."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What a plan says of an optimizer. `scalars` names the columns of the table of scalars."""
-
-    name: str
-    defaults: Mapping[str, Any]
-    states: Callable[[Mapping[str, Any]], tuple[str, ...]]
-    """State slices that it keeps with the given options."""
-    scalars: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from zerograph import compat
 from zerograph.client import Client
-from zerograph.codegen.optimizers import Kind, Rule, Run, scalar_row, update
+from zerograph.codegen.optimizers import Rule, scalar_row, update
+from zerograph.codegen.rules import Kind, Run
 from zerograph.errors import PlanError
 from zerograph.layout import Layout, Param
 from zerograph.probe import REFUSED

@@ -278,7 +278,7 @@ def passes_for(
     average = average_of(config, graph.world)
     weighted = config.compile.weighted_accumulation
     return [
-        Normalize(),
+        Normalize(recast=zero.stage == 3),
         Specialize(arriving),
         Scale(),
         Shard(zero.stage),

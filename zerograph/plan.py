@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from zerograph import pipeline
+from zerograph.changes import unified
 from zerograph.client import Client, Given, client_of
 from zerograph.codegen.optimizers import RULES, Kind
 from zerograph.config import ZeroConfig, load_config
@@ -36,7 +37,6 @@ from zerograph.cost import (
 )
 from zerograph.countable import Countable
 from zerograph.describe import describe
-from zerograph.diff import unified
 from zerograph.document import Document
 from zerograph.errors import PlanError
 from zerograph.ir import Region, TrainGraph, is_call

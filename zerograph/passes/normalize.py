@@ -83,9 +83,9 @@ def _remake_views(graph: TrainGraph, recast: bool) -> int:
             if source in chains:
                 user.replace_input_with(source, _again(graph, source, user, made))
     gradients = list(graph.outputs("backward"))
-    for index, node in enumerate(gradients):
-        if node in chains:
-            gradients[index] = _again(graph, node, graph.end("backward"), made)
+    for index, gradient in enumerate(gradients):
+        if gradient in chains:
+            gradients[index] = _again(graph, gradient, graph.end("backward"), made)
     graph.set_outputs(backward=gradients)
     return len(made)
 

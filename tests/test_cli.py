@@ -232,7 +232,11 @@ def test_factories(factories: Path) -> None:
         ("{}:pair", ["--seq", -1], "--seq must be at least 1, got -1"),
         ("{}:pair", ["--world-size", 0], "world_size must be at least 1, got 0"),
         ("{}:pair", ["--world-size", -1], "world_size must be at least 1, got -1"),
-        ("{}:pair", ["--cluster", "h10"], "no cluster 'h10'; did you mean 'h100'?"),
+        (
+            "{}:pair",
+            ["--cluster", "h10"],
+            "no cluster 'h10' and no file of that name; did you mean 'h100'?",
+        ),
         ("{}:pair", ["--cluster", "ds.json"], "ds.json is not a cluster: "),
         ("{}:pair", ["--device", "gpu"], "no device type 'gpu'"),
         ("{}:pair", ["--input", "x=f32(4)"], "not name=dtype[shape]"),
@@ -365,6 +369,8 @@ def test_show_is_the_canonical_text(folder: Path) -> None:
     layer = ok("show", plan, "--layer", "blocks.0").splitlines()
     assert "  %b1 = zero.gather b1" in layer[0] and all(line in str(made) for line in layer)
     assert not any("blocks.1" in line or "b2" in line.split() for line in layer)
+    linear = ok("show", plan, "--layer", "blocks.0.linear").splitlines()
+    assert layer[0] in linear and len(linear) < len(layer)  # its bucket's calls, not its siblings'
     assert ok("show", *BLOCKS, "--config", folder / "3.json") == str(made)
 
 

@@ -337,11 +337,6 @@ def test_a_stage_3_config_of_the_docs(tmp_path: Path) -> None:
             "whole weights are gathered when they are asked for"
         ),
         (
-            f"{zero}.stage3_max_reuse_distance=1000000000: "
-            "it decides within the forward and within the backward; from one to the other a bucket is always "
-            "gathered again"
-        ),
-        (
             f"{zero}.stage3_param_persistence_threshold=100000: "
             "every parameter is sharded, small ones too, in the bucket of its block"
         ),

@@ -45,18 +45,11 @@ def test_every_golden_diff_is_tested() -> None:
 # Every key is somewhere
 
 
-PARTLY = {"zero_optimization.stage3_max_reuse_distance"}
-"""Keys that act, and whose row says how far."""
-
-
 @pytest.mark.parametrize("path", all_leaves())
 def test_a_key_has_a_golden_diff_or_a_reason(path: str) -> None:
     row, shown = row_for(path), path in knobs.shown_keys()
     reasons = [each.title for each in SILENT if each.holds(row)]
-    if path in PARTLY:
-        assert shown and row.kind == "advises"
-    else:
-        assert shown == (not reasons), "it has a golden diff, or a reason for needing none"
+    assert shown == (not reasons), "it has a golden diff, or a reason for needing none"
     assert len(reasons) <= 1
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+import zerograph
 from tests import tiny
 from zerograph import ops, pipeline
 from zerograph.cost import peak_gathered
@@ -117,6 +118,17 @@ def test_normalize_lets_no_view_of_a_parameter_cross() -> None:
         for source in node.all_input_nodes:
             if source.op == "call_function" and region_of(source) == "forward":
                 assert view_root(source).op == "call_function"
+
+
+def test_at_stage_3_no_cast_of_a_parameter_is_kept_for_the_backward() -> None:
+    def casts(stage: int) -> list[fx.Node]:
+        config = tiny.config(stage, torch_autocast={"enabled": True})
+        plan = zerograph.plan(tiny.Mlp(), config, example_inputs=tiny.batch(), world_size=2)
+        roots = [view_root(node) for node in plan.graph.outputs("saved")]
+        cast = [root for root in roots if is_call(root, aten._to_copy.default)]
+        return [root for root in cast if is_call(root.args[0], ops.param)]
+
+    assert casts(2) and not casts(3)
 
 
 def test_normalize_copies_an_output_that_is_a_view_of_a_parameter() -> None:

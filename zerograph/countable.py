@@ -99,13 +99,13 @@ def _found(
     _check("region", region, REGIONS)
     _check("bucket", bucket, [b.name for b in document.buckets])
     _check("layer", layer, _layers(document))
-    of_layer = {b.name for b in document.buckets if layer is not None and _holds(b, layer)}
+    of_layer = {b.name for b in document.buckets if layer is not None and holds(b, layer)}
     for node, line in _calls(document):
         if (
             node.op == name
             and region in (None, node.region)
             and bucket in (None, node.bucket)
-            and (layer is None or _within(node.module, layer) or node.bucket in of_layer)
+            and (layer is None or within(node.module, layer) or node.bucket in of_layer)
         ):
             yield node, line
 
@@ -147,11 +147,13 @@ def _layers(document: "Document") -> set[str]:
     return {".".join(names[:end]) for names in parts for end in range(1, len(names) + 1)}
 
 
-def _holds(bucket: "BucketEntry", layer: str) -> bool:
-    return any(_within(name, layer) for name in bucket.params)
+def holds(bucket: "BucketEntry", layer: str) -> bool:
+    """Whether a parameter of the module named `layer` lies in `bucket`."""
+    return any(within(name, layer) for name in bucket.params)
 
 
-def _within(name: str, layer: str) -> bool:
+def within(name: str, layer: str) -> bool:
+    """Whether `name` is the module `layer` or something in it."""
     return name == layer or name.startswith(f"{layer}.")
 
 

@@ -4,9 +4,9 @@ difference(before, after)  ->  a unified diff, and one line such as
 gather 5 -> 7 (+64.0 KiB)  peak 851.8 -> 827.1 KiB  step on h100 1.20 -> 1.14 ms
 """
 
-import difflib
 from dataclasses import dataclass
 
+from zerograph.changes import unified
 from zerograph.document import Document, TrafficEntry
 from zerograph.errors import PlanError
 from zerograph.text import duration, size
@@ -40,12 +40,6 @@ def difference(
         _require_one_model(before, after, names)
     lines = unified(before.text(skeleton=skeleton), after.text(skeleton=skeleton), names)
     return Difference(tuple(lines), costs(before, after))
-
-
-def unified(before: str, after: str, names: tuple[str, str] = ("before", "after")) -> list[str]:
-    """The lines of a unified diff of two texts, without line ends; empty if they are the same."""
-    old, new = before.splitlines(), after.splitlines()
-    return list(difflib.unified_diff(old, new, *names, lineterm=""))
 
 
 def costs(before: Document, after: Document) -> str:

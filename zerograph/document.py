@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
-from zerograph.countable import Countable
+from zerograph.countable import Countable, holds, within
 from zerograph.errors import PlanError, suggestion
 from zerograph.ir import REGIONS
 from zerograph.saved import Entry, Saved
@@ -151,7 +151,8 @@ class Document(Saved, Countable):
     ) -> str:
         """The canonical text after a pass (by default the last), or the lines of a region or layer.
 
-        `layer` is a module's FQN (its submodules belong to it) or a bucket's name.
+        `layer` is a module's FQN, to which its submodules and the buckets with its parameters belong, or
+        a bucket's name.
         """
         found = self.select(after, skeleton=skeleton, region=region, layer=layer)
         return "".join(f"{line.text}\n" for line in found)
@@ -172,9 +173,10 @@ class Document(Saved, Countable):
                 raise PlanError(f"no region {region!r}{suggestion(region, REGIONS)}")
             found = [line for line in found if line.region == region]
         if layer is not None:
-            if not any(_of_layer(line, layer) for line in self.lines):
+            buckets = {layer, *(b.name for b in self.buckets if holds(b, layer))}
+            if not any(_of_layer(line, layer, buckets) for line in self.lines):
                 raise PlanError(f"no layer {layer!r}{suggestion(layer, self.layers())}")
-            found = [line for line in found if _of_layer(line, layer)]
+            found = [line for line in found if _of_layer(line, layer, buckets)]
         return found
 
     def layers(self) -> list[str]:
@@ -201,5 +203,5 @@ class Document(Saved, Countable):
         return self
 
 
-def _of_layer(line: Line, layer: str) -> bool:
-    return layer == line.bucket or line.module == layer or line.module.startswith(f"{layer}.")
+def _of_layer(line: Line, layer: str, buckets: set[str]) -> bool:
+    return line.bucket in buckets or within(line.module, layer)

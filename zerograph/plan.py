@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from zerograph import pipeline
+from zerograph.changes import unified
 from zerograph.client import Client, Given, client_of
 from zerograph.codegen.optimizers import RULES
 from zerograph.codegen.rules import Kind
@@ -37,7 +38,6 @@ from zerograph.cost import (
 )
 from zerograph.countable import Countable
 from zerograph.describe import describe
-from zerograph.diff import unified
 from zerograph.document import Document
 from zerograph.errors import PlanError
 from zerograph.ir import Region, TrainGraph, is_call
@@ -279,7 +279,7 @@ def passes_for(
     average = average_of(config, graph.world)
     weighted = config.compile.weighted_accumulation
     return [
-        Normalize(),
+        Normalize(recast=zero.stage == 3),
         Specialize(arriving),
         Scale(),
         Shard(zero.stage),

@@ -9,8 +9,9 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from zerograph.cli.options import Options
-from zerograph.cli.planning import cluster_from, config_from, trace_for
+from zerograph.cli.planning import config_from, trace_for
 from zerograph.cli.tables import show, table, title
+from zerograph.cost import cluster_of
 from zerograph.errors import PlanError
 from zerograph.fit import Candidate, Fit, fit, micro_batches_of, parse_bytes
 from zerograph.plan import plan_of
@@ -21,7 +22,7 @@ def search(
     model: str, path: str | None, options: Options, given: str, as_json: bool, output: str | None
 ) -> None:
     """Search and print; save the plan of the best in `output`. Exit code 1 if nothing fits."""
-    budget, cluster = parse_bytes(given), cluster_from(options.cluster)
+    budget, cluster = parse_bytes(given), cluster_of(options.cluster)
     config = config_from(path, options)
     micros = micro_batches_of(config, options.world_size, options.batch)
     if len(micros) > 1 and options.input:

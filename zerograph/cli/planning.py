@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 
 from zerograph.cli.options import Options
 from zerograph.cli.source import Built, build
 from zerograph.config import ZeroConfig, load_config
-from zerograph.cost import CLUSTERS, Cluster
+from zerograph.cost import cluster_of
 from zerograph.document import Document
 from zerograph.errors import PlanError, ZerographError, suggestion
 from zerograph.fit import with_micro_batch
@@ -44,7 +43,7 @@ def is_saved(target: str) -> bool:
 
 def planned(model: str, config: str | None, options: Options) -> Document:
     """The plan of MODEL under the config in a file. Raises ZerographError for anything that fails."""
-    cluster, loaded = cluster_from(options.cluster), config_from(config, options)
+    cluster, loaded = cluster_of(options.cluster), config_from(config, options)
     return plan_of(trace_for(model, loaded, options), loaded).document(cluster)
 
 
@@ -81,20 +80,6 @@ def _traced(built: Built, config: ZeroConfig, options: Options) -> Trace:
         raise PlanError(
             f"the forward of {type(built.model).__name__} raised {type(error).__name__}: {first}"
         ) from error
-
-
-def cluster_from(given: str) -> Cluster:
-    """A cluster by name, or from the JSON that `zerograph doctor --calibrate` writes."""
-    if given in CLUSTERS:
-        return CLUSTERS[given]
-    if not (os.path.isfile(given) or given.endswith(".json")):
-        raise PlanError(f"no cluster {given!r}{suggestion(given, CLUSTERS)}")
-    try:
-        return TypeAdapter(Cluster).validate_json(Path(given).read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise PlanError(f"{given} is not a cluster: {where}: {first['msg']}") from error
 
 
 def recording_from(path: str | None) -> Any:

@@ -11,6 +11,9 @@ _IN_GRAPH = "parameters are fetched by the graph, without module hooks"
 
 ZERO_ROWS = (
     *built(under(_ZERO, "stage stage3_prefetch_bucket_size stage3_max_live_parameters")),
+    *built(
+        under(_ZERO, "stage3_max_reuse_distance")
+    ),  # within the forward, and within the backward
     *advises(under(_ZERO, "overlap_comm round_robin_gradients"), _SCHEDULED),
     *advises(under(_ZERO, "reduce_bucket_size allgather_bucket_size sub_group_size"), _SIZED),
     *advises(
@@ -23,11 +26,6 @@ ZERO_ROWS = (
     *advises(
         under(_ZERO, "stage3_param_persistence_threshold stage3_model_persistence_threshold"),
         _PERSISTENT,
-    ),
-    *advises(
-        under(_ZERO, "stage3_max_reuse_distance"),
-        "it decides within the forward and within the backward; from one to the other a bucket is always "
-        "gathered again",
     ),
     *advises(
         under(

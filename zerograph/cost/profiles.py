@@ -16,7 +16,7 @@ start); RCCL's are taken to be the same. `zerograph.calibrate` measures instead.
 import os
 
 from zerograph.cost.cluster import Cluster, Device, Kind, Link
-from zerograph.errors import PlanError
+from zerograph.errors import PlanError, suggestion
 
 TERA, GIGA = 10**12, 10**9
 _INTRA: dict[Kind, float] = {"gather": 0.8, "reduce_scatter": 0.8, "all_reduce": 0.8}
@@ -131,6 +131,6 @@ def cluster_of(name: str) -> Cluster:
     """A cluster by its name, or from the JSON file that `name` is the path of. Raises PlanError."""
     if name in CLUSTERS:
         return CLUSTERS[name]
-    if name.endswith(".json") or os.sep in name:
+    if name.endswith(".json") or os.path.isfile(name):
         return Cluster.load(name)
-    raise PlanError(f"no cluster {name!r}; there are {', '.join(CLUSTERS)}, or give a JSON file")
+    raise PlanError(f"no cluster {name!r} and no file of that name{suggestion(name, CLUSTERS)}")

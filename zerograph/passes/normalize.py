@@ -1,4 +1,4 @@
-"""normalize: canonical aten, and a view chain of its own for every region that reads a parameter.
+"""normalize: canonical aten, and a chain of views and casts of its own for each reader of a parameter.
 
     before                                     after
       %0 = aten.t(%w)                            %0 = aten.t(%w)
@@ -8,8 +8,9 @@
                                                  %3 = aten.t(%2)
 
 Autograd reuses the forward's views of a parameter in the backward. A view keeps the whole gathered
-bucket alive, so each is made again from the parameter where the backward uses it. An output that is a
-view of a parameter is copied, and a buffer that the backward reads and the forward updates is saved
+bucket alive, so each is made again from the parameter where the backward uses it. At stage 3 so is a
+cast (autocast's bf16 weights), which would be a second, whole copy kept. An output that is a view of a
+parameter is copied, and a buffer that the backward reads and the forward updates is saved
 as a copy of its old value. `detach` and `alias` do nothing below autograd and are removed.
 """
 
@@ -26,6 +27,9 @@ _IDENTITIES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 @dataclass(frozen=True)
 class Normalize:
+    recast: bool = False
+    """Whether casts are made again too (stage 3)."""
+
     name: ClassVar[str] = "normalize"
     requires: ClassVar[frozenset[str]] = frozenset({"traced"})
     provides: ClassVar[frozenset[str]] = frozenset({"normal"})
@@ -33,7 +37,7 @@ class Normalize:
     def apply(self, graph: TrainGraph) -> str:
         removed = _remove_identities(graph)
         copied = _copy_outputs(graph)
-        remade = _remake_views(graph)
+        remade = _remake_views(graph, self.recast)
         kept = _keep_old_buffers(graph)
         return (
             f"{removed} identities removed, {remade} views remade, "
@@ -66,18 +70,22 @@ def _copy_outputs(graph: TrainGraph) -> int:
     return copied
 
 
-def _remake_views(graph: TrainGraph) -> int:
-    """Backward users of a forward view of a parameter get the view made again in the backward."""
+def _remake_views(graph: TrainGraph, recast: bool) -> int:
+    """Backward users of a forward view (at stage 3, or cast) of a parameter get it made again there."""
     made: dict[fx.Node, fx.Node] = {}
-    chains = {n for n in graph.nodes("forward") if is_view(n) and _is_param(view_root(n))}
+    chains: set[fx.Node] = set()
+    for node in graph.nodes("forward"):
+        if is_view(node) or (recast and is_call(node, torch.ops.aten._to_copy.default)):
+            source = cast(fx.Node, node.args[0])
+            chains.update({node} if source in chains or _is_param(source) else ())
     for user in graph.nodes("backward"):
         for source in user.all_input_nodes:
             if source in chains:
                 user.replace_input_with(source, _again(graph, source, user, made))
     gradients = list(graph.outputs("backward"))
-    for index, node in enumerate(gradients):
-        if node in chains:
-            gradients[index] = _again(graph, node, graph.end("backward"), made)
+    for index, gradient in enumerate(gradients):
+        if gradient in chains:
+            gradients[index] = _again(graph, gradient, graph.end("backward"), made)
     graph.set_outputs(backward=gradients)
     return len(made)
 
@@ -85,7 +93,7 @@ def _remake_views(graph: TrainGraph) -> int:
 def _again(
     graph: TrainGraph, view: fx.Node, before: fx.Node, made: dict[fx.Node, fx.Node]
 ) -> fx.Node:
-    """The backward's copy of a forward view, made (once) before its first user."""
+    """The backward's copy of a forward view or cast, made (once) before its first user."""
     if view in made:
         return made[view]
     source = cast(fx.Node, view.args[0])

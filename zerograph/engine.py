@@ -166,8 +166,8 @@ class Engine:
         if boundary:
             self._updates.require_ready()
         self.micro_steps += 1
-        if boundary and self._updates.apply() and self.lr_scheduler is not None:
-            self.lr_scheduler.step()
+        if boundary:
+            self._updates.apply(self.lr_scheduler)
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the next `step()` updates parameters."""
@@ -376,3 +376,4 @@ class Engine:
                 taken = client.steps(self.module.get_parameter(param.name)) if client else 0
                 lines.append(f"{line} after {taken} steps" if taken else line)
         return lines
+

@@ -110,9 +110,12 @@ def jobs_of(spec: Spec, target: str) -> list[dict[str, Any]]:
     """The kernels of one file, as compile_triton.py takes them."""
     own = settings(spec.kind, target)
     made = [_job(spec, "", _signature(spec), _constants(spec, own), own)]
+    total = settings("total", target)
     if isinstance(spec, Norm):
-        total = settings("total", target)
         signature = {"partials_ptr": "*fp64", "totals_ptr": "*fp64", "blocks": "i32"}
+        made.append(_job(spec, "_total", signature, {"LANES": total.block}, total))
+    if isinstance(spec, Update) and spec.phase == "measure":
+        signature = {"bounds_ptr": "*i64", "sums_ptr": "*fp64", "totals_ptr": "*fp64"}
         made.append(_job(spec, "_total", signature, {"LANES": total.block}, total))
     return made
 
@@ -158,8 +161,10 @@ def _update(spec: Update) -> dict[str, str]:
     control = {"control_ptr": "*fp32"} if spec.controlled else {}
     states = {f"{state}_ptr": master for state in spec.states}
     low = {"low_ptr": _pointer(spec.low)} if spec.low else {}
-    head = {"tiles_ptr": "*i64", "scalars_ptr": master, **control}
-    return {**head, "param_ptr": master, "grad_ptr": _pointer(spec.grad), **states, **low}
+    grad = {"grad_ptr": _pointer(spec.grad)} if spec.phase != "apply" else {}
+    between = {"measure": {"sums_ptr": "*fp64"}, "apply": {"norms_ptr": "*fp64"}}
+    head = {"tiles_ptr": "*i64", "scalars_ptr": master, **control, **between.get(spec.phase, {})}
+    return {**head, **grad, **states, **low, "param_ptr": master}
 
 
 def table(report: Sequence[Figures]) -> str:

@@ -1,6 +1,7 @@
 """C++ kernels: compiled once, kept on disk, loaded without torch's headers.
 
-    function = load(source, "norm_bf16")      a ctypes function, or None where no compiler is there
+    library = load(source, "norm_bf16")       None where no compiler is there
+    function(library, "norm_bf16")(..)        by ctypes
 
 A library's name holds a hash of the code without comments, the flags, the compiler and the CPU, so what a
 cache has is right for this machine and a changed comment compiles nothing. Ranks may compile the same
@@ -31,19 +32,20 @@ _COMMENT = re.compile(r"//[^\n]*")
 
 
 @cache
-def load(source: str, *names: str) -> tuple[Any, ...] | None:
-    """The functions `names` of `source`, compiled at need; None, with one warning, without a compiler.
+def load(source: str, name: str) -> ctypes.CDLL | None:
+    """The library of `source`, compiled at need; None, with one warning, without a compiler.
 
     Raises KernelError with the compiler's message and the file if it refuses the source.
     """
     compiler = _compiler()
-    if compiler is None:
-        return None
-    library = _library(source, names[0], compiler)
-    functions = tuple(library[name] for name in names)
-    for function in functions:
-        function.restype = None
-    return functions
+    return None if compiler is None else _library(source, name, compiler)
+
+
+def function(library: ctypes.CDLL, name: str) -> Any:
+    """A function of a library, which answers nothing."""
+    found = library[name]
+    found.restype = None
+    return found
 
 
 def available() -> bool:

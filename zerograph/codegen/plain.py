@@ -17,29 +17,53 @@ PIECE = 1 << 15
 
 def update(
     spec: Update,
-    tiles: list[tuple[int, int, int]],
+    tiles: list[tuple[int, ...]],
     rows: list[list[float]],
     control: Tensor | None,
-    param: Tensor,
-    grad: Tensor,
+    grad: Tensor | None,
     states: list[Tensor],
     low: Tensor | None,
-) -> None:
-    """Apply the rule to tiles (start, stop, row). With `control` this reads a flag on the host."""
+    param: Tensor,
+    norms: Tensor | None = None,
+) -> Tensor | None:
+    """Apply the rule to tiles (start, stop, row, run), in place. Reads a flag of `control` on the host.
+
+    Of "measure" it answers the sums, float64 [tiles, 2]; of "apply" it takes their totals, `norms`.
+    """
     if control is not None and not bool(control[1]):
-        return
+        return param.new_zeros(len(tiles), 2, dtype=torch.float64)
     rule = module(render(spec, "torch"), f"{spec.name} torch")[spec.name]
-    for start, stop, row in tiles:
-        own = slice(start, stop)
-        pieces = [tensor[own] for tensor in (param, *states)]
-        mean = grad[own].to(param.dtype)
-        if control is not None:
-            mean = mean * control[0]
-        made = rule(rows[row], pieces[0], mean, *pieces[1:])
-        for piece, value in zip(pieces, made):
-            piece.copy_(value)
-        if low is not None:
-            low[own].copy_(pieces[0])
+    sums = []
+    for tile in tiles:
+        own, row = slice(tile[0], tile[1]), rows[tile[2]]
+        pieces = {name: t[own] for name, t in zip(("param", *spec.states), (param, *states))}
+        if norms is None:
+            assert grad is not None
+            other: Tensor | float = grad[own].to(param.dtype)
+            if control is not None:
+                other = other * control[0]
+        else:
+            other = _trust(spec, row, norms[tile[3]])
+        made = rule(row, other, *pieces.values())
+        if spec.phase == "measure":
+            made, change = made
+            both = (pieces["param"], change)
+            sums.append(torch.stack([x.double().square().sum() for x in both]))
+        for name, value in zip(spec.stored, made):
+            pieces[name].copy_(value)
+        if low is not None and "param" in spec.stored:
+            low[own].copy_(pieces["param"])
+    return torch.stack(sums) if sums else None
+
+
+def _trust(spec: Update, row: list[float], sums: Tensor) -> float:
+    """What the change of a parameter is multiplied by, rounded to the master's dtype."""
+    of_param, of_change = sums.sqrt().tolist()
+    if of_param == 0.0 or of_change == 0.0:
+        return 1.0
+    low, high = (row[spec.described.scalars.index(f"{end}_coeff")] for end in ("min", "max"))
+    ratio = torch.tensor(of_param / of_change, dtype=torch.float64).clamp(low, high)
+    return float(ratio.to(spec.master))
 
 
 def sums_of_squares(flat: Tensor) -> Tensor:

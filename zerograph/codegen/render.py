@@ -40,7 +40,7 @@ SUFFIX = {"triton": ".py", "cpp": ".cpp", "torch": ".py", "numpy": ".py"}
 
 _LOCALS = {
     *("threads", "tiles", "tile", "start", "stop", "size", "row", "lane", "inside", "factor", "i"),
-    *("real", "tl", "torch", "np"),
+    *("real", "tl", "torch", "np", "run", "of_param", "of_change"),
 }
 """What templates name themselves."""
 
@@ -72,7 +72,12 @@ def _what(spec: Spec) -> list[str]:
     if isinstance(spec, Update):
         flags = f"with {', '.join(sorted(spec.flags))}; " if spec.flags else ""
         low = f", storing its {SHORT[spec.low]} copy" if spec.low else ""
-        return [spec.described.source, f"{flags}one pass over a slice{low}"]
+        what = {
+            "whole": f"one pass over a slice{low}",
+            "measure": "the first of two passes: states, and the norms of parameters and changes",
+            "apply": f"the second of two passes: parameters{low}",
+        }
+        return [spec.described.source, flags + what[spec.phase]]
     if isinstance(spec, Norm):
         return [
             "sums of squares of the equal slices of a gradient, without atomics:",
@@ -100,7 +105,8 @@ def _values(spec: Spec, target: str) -> dict[str, Any]:
 
 def _update(spec: Update, target: str) -> dict[str, Any]:
     write = printer(target, spec.double)
-    taken = _LOCALS & {*spec.described.scalars, *(name for name, _ in spec.assignments())}
+    used = {*spec.described.scalars, *spec.states, *(name for name, _ in spec.assignments())}
+    taken = _LOCALS & used
     assert not taken, f"{spec.rule} has names that templates use: {taken}"
     known = {"param", "grad", *spec.states}
     lines: list[dict[str, Any]] = []
@@ -109,12 +115,15 @@ def _update(spec: Update, target: str) -> dict[str, Any]:
         known.add(name)
     return {
         "states": spec.states,
+        "stored": spec.stored,
+        "phase": spec.phase,
+        "width": 3 if spec.phase == "whole" else 4,
         "scalars": spec.scalars(),
         "all_scalars": spec.described.scalars,
         "columns": len(spec.described.scalars),
         "grad": SHORT[spec.grad],
         "master": SHORT[spec.master],
-        "low": _short(spec.low),
+        "low": _short(spec.low) if "param" in spec.stored else "",
         "controlled": spec.controlled,
         "lines": lines,
         "uses_maximum": any("larger(" in x["text"] or "smaller(" in x["text"] for x in lines),

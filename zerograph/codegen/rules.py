@@ -53,6 +53,9 @@ class Described(Kind):
     """Options that change the code."""
     source: str
     """Where the rule is defined."""
+    apply: Callable[[Block, Flags], None] | None = None
+    """Of a rule that needs norms of whole parameters: a second launch, which has `trust`, a scalar, and
+    assigns `param`; the first assigns the states and `change`, whose norms and the parameters' are taken."""
 
     def row(self, options: Options, step: int) -> list[float]:
         """One row of the table of scalars."""
@@ -271,4 +274,65 @@ LION = Described(
     source="Lion with decoupled weight decay, arXiv:2302.06675 algorithm 2",
 )
 
-RULES = {rule.name: rule for rule in (ADAMW, ADAM, SGD, ADAGRAD, LION)}
+# LAMB
+
+
+def _lamb_host(options: Options, step: int) -> dict[str, float]:
+    beta1, beta2 = options["betas"]
+    unbiased = options["bias_correction"]
+    return {
+        "weight_decay": options["weight_decay"],
+        "weight": 1 - beta1,
+        "beta2": beta2,
+        "fresh": 1 - beta2,
+        "correct": 1 / (1 - beta1**step) if unbiased else 1.0,
+        "unbias": (1 - beta2**step) ** 0.5 if unbiased else 1.0,
+        "eps": options["eps"],
+        "rate": -options["lr"],
+        "min_coeff": options["min_coeff"],
+        "max_coeff": options["max_coeff"],
+    }
+
+
+def _lamb_change(k: Block) -> None:
+    k.root = sqrt(k.exp_avg_sq) / k.unbias + k.eps
+    k.change = fma(k.weight_decay, k.param, k.correct * k.exp_avg / k.root)
+
+
+def _lamb(k: Block, flags: Flags) -> None:
+    k.exp_avg = lerp(k.exp_avg, k.grad, k.weight)
+    k.exp_avg_sq = fma(k.fresh * k.grad, k.grad, k.exp_avg_sq * k.beta2)
+    _lamb_change(k)
+
+
+def _lamb_apply(k: Block, flags: Flags) -> None:
+    """Computes the change again from the new states, rather than store and read it."""
+    _lamb_change(k)
+    k.param = fma(k.rate, k.trust * k.change, k.param)
+
+
+LAMB = Described(
+    "lamb",
+    {
+        "lr": 1e-3,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "max_coeff": 10.0,
+        "min_coeff": 0.01,
+        "bias_correction": True,
+    },
+    lambda options: ("exp_avg", "exp_avg_sq"),
+    (
+        *("weight_decay", "weight", "beta2", "fresh", "correct", "unbias", "eps", "rate"),
+        *("min_coeff", "max_coeff"),
+    ),
+    host=_lamb_host,
+    body=_lamb,
+    flags=_set(),
+    source="LAMB, arXiv:1904.00962 algorithm 2, with bounds of the trust ratio",
+    apply=_lamb_apply,
+)
+"""The trust ratio of a parameter is |param| / |change| within [min_coeff, max_coeff], 1 where either is 0."""
+
+RULES = {rule.name: rule for rule in (ADAMW, ADAM, SGD, ADAGRAD, LION, LAMB)}

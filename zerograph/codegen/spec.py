@@ -16,6 +16,8 @@ import torch
 from zerograph.codegen.expr import Assignment, Expr, traced
 from zerograph.codegen.rules import RULES, Described, Flags
 
+Phase = Literal["whole", "measure", "apply"]
+
 SHORT = {
     torch.float64: "f64",
     torch.float32: "f32",
@@ -48,6 +50,11 @@ class Update:
     """Dtype of the copy that is gathered, None where the master itself is."""
     controlled: bool = True
     """Whether it takes `control`."""
+    phase: Phase = "whole"
+    """Rules with norms of parameters take two launches. "measure" updates the states and writes two sums
+    of squares a tile, float64 [tiles, 2]: of the parameters and of the change; "apply" reads the two
+    totals of each run, float64 [runs, 2], and updates the parameters. Their tables say the run in a
+    fourth column."""
 
     kind: ClassVar[str] = "update"
 
@@ -56,7 +63,8 @@ class Update:
         last = [SHORT[self.low]] if self.low else []
         free = [] if self.controlled else ["free"]
         dtypes = [SHORT[self.grad], SHORT[self.master], *last]
-        return "_".join(["update", self.rule, *sorted(self.flags), *dtypes, *free])
+        first = "update" if self.phase == "whole" else self.phase
+        return "_".join([first, self.rule, *sorted(self.flags), *dtypes, *free])
 
     @property
     def described(self) -> Described:
@@ -73,18 +81,31 @@ class Update:
     @property
     def nbytes(self) -> int:
         """Bytes moved per element: gradient read, master and states read and written, low written."""
-        whole = 2 * self.master.itemsize * (1 + len(self.states))
-        return self.grad.itemsize + whole + (self.low.itemsize if self.low else 0)
+        arrays = 1 + len(self.states) + len(self.stored)
+        read = self.grad.itemsize if self.phase != "apply" else 0
+        last = self.low.itemsize if self.low and "param" in self.stored else 0
+        return read + arrays * self.master.itemsize + last
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """Of the parameters and states, what it writes."""
+        param = ("param",) if self.phase != "measure" else ()
+        return (*param, *(self.states if self.phase != "apply" else ()))
 
     def assignments(self) -> list[Assignment]:
         """The body's, in order."""
         rule = self.described
-        elements = ("param", "grad", *self.states)
-        return traced(lambda block: rule.body(block, self.flags), elements, rule.scalars)
+        body = rule.apply if self.phase == "apply" else rule.body
+        assert body is not None and (self.phase == "whole") == (rule.apply is None)
+        grad = ("grad",) if self.phase != "apply" else ()
+        trust = ("trust",) if self.phase == "apply" else ()
+        elements, scalars = ("param", *grad, *self.states), (*rule.scalars, *trust)
+        return traced(lambda block: body(block, self.flags), elements, scalars)
 
     def scalars(self) -> list[tuple[int, str]]:
-        """(column, name) of the scalars that the body reads."""
+        """(column, name) of the scalars that it reads."""
         read = {name for _, expr in self.assignments() for name in _names(expr)}
+        read |= {"min_coeff", "max_coeff"} if self.phase == "apply" else set()
         return [(i, name) for i, name in enumerate(self.described.scalars) if name in read]
 
 

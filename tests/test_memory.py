@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from zerograph.codegen.optimizers import CHUNK, RULES, Run, update
 
 import zerograph
 from tests import tiny
@@ -17,7 +18,6 @@ from tests.oracle import config_for
 from tests.ranks import run_ranks
 from tests.storages import Storages, close, held_by
 from zerograph import ops
-from zerograph.codegen.optimizers import CHUNK, RULES, Run, update
 from zerograph.cost import CATEGORIES, Memory
 from zerograph.ir import is_call
 from zerograph.plan import Plan

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, SequentialLR
+from zerograph.codegen.optimizers import LION, RULES, Run, update
 
 import zerograph
 from tests.oracle import differing
 from tests.ranks import run_ranks
 from tests.tiny import Mlp, Partly, batch
-from zerograph.codegen.optimizers import LION, RULES, Run, update
 from zerograph.errors import PlanError
 from zerograph.plan import Plan
 

@@ -376,4 +376,3 @@ class Engine:
                 taken = client.steps(self.module.get_parameter(param.name)) if client else 0
                 lines.append(f"{line} after {taken} steps" if taken else line)
         return lines
-

@@ -21,8 +21,7 @@ from torch import nn
 from zerograph import pipeline
 from zerograph.changes import unified
 from zerograph.client import Client, Given, client_of
-from zerograph.codegen.rules import RULES, Described
-from zerograph.codegen.rules import Kind
+from zerograph.codegen.rules import RULES, Described, Kind
 from zerograph.config import ZeroConfig, load_config
 from zerograph.cost import (
     Cluster,

@@ -180,10 +180,17 @@ def _names(graph: TrainGraph) -> _Names:
     for node in graph.nodes():
         if ops.is_zero(node.target):
             names[node] = _zero_name(node, names)
+        elif _is_of_finish(node):
+            names[node] = ("%norm", "%control")[cast(int, node.args[1])]
         else:
             names[node] = f"%{count}"
             count += 1
     return names
+
+
+def _is_of_finish(node: fx.Node) -> bool:
+    source = node.args[0] if node.args else None
+    return isinstance(source, fx.Node) and is_call(source, ops.finish)
 
 
 def _zero_name(node: fx.Node, names: _Names) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+
 def grad_buffer(
     like: Tensor, numel: int, dtype: torch.dtype, gaps: Sequence[tuple[int, int]]
 ) -> Tensor:

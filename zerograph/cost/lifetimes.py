@@ -14,8 +14,8 @@ as the lowered program has it, which forgets each value at its last use. Longer 
     the batch                    throughout
     an arriving gradient         to the end of the backward: autograd holds it
 
-The kernel of an update makes nothing; a user's own class is given copies of gradients. What any other operator
-uses inside and frees before it returns (a convolution's workspace, a collective's staging) is not a
+The kernel of an update makes nothing; a user's own class is given copies of gradients. What any other
+operator uses inside and frees before it returns (a convolution's workspace, a collective's staging) is not a
 storage of the graph, and not counted.
 """
 

@@ -6,8 +6,9 @@
       %part = zero.norm_partials [%b0.mean]
       %parts = zero.gather_partials %part
       zero.wait %parts
-      %finish = zero.finish %parts, max_norm=1.0   # the norm, and the factor of gradients
-      %control = %finish[1]
+      %finish = zero.finish %parts, max_norm=1.0
+      %norm = %finish[0]
+      %control = %finish[1]                        # the factor of gradients
       zero.update %b0.shard, %b0.mean, .., control=%control   # in place on this rank's slice
       %b0.new = zero.refresh %b0.full, %b0.shard   # stages 1 and 2: everyone's slices
       zero.wait %b0.new
@@ -29,7 +30,7 @@ The norm is the same on every rank, so all skip or none: a NaN or infinity anywh
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import fx
@@ -41,6 +42,7 @@ from zerograph.passes.reduce import MEAN, Average
 from zerograph.passes.scale import add_scalar
 
 aten = torch.ops.aten
+_getitem = cast(Any, operator.getitem)
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,7 @@ class _Step:
             return node
         return insert(aten._to_copy.default, node, dtype=dtype)
 
-    def _finish(
-        self, insert: Inserter, grads: list[fx.Node]
-    ) -> tuple[fx.Node, fx.Node | None]:
+    def _finish(self, insert: Inserter, grads: list[fx.Node]) -> tuple[fx.Node, fx.Node | None]:
         """The norm, and what controls the updates; None where that is nothing."""
         whole = self.graph.stage == 0
         partials = insert(ops.norm_partials, grads, self.graph.world if whole else 1)
@@ -118,10 +118,10 @@ class _Step:
         divided = self._divided(insert)
         skips = self.graph.precision.skips or self.options.weighted
         made = insert(ops.finish, partials, divided, self.options.max_norm, skips)
-        norm = insert(operator.getitem, made, 0)
+        norm = insert(_getitem, made, 0)
         if divided is None and not skips and self.options.max_norm <= 0:
             return norm, None
-        return norm, insert(operator.getitem, made, 1)
+        return norm, insert(_getitem, made, 1)
 
     def _divided(self, insert: Inserter) -> fx.Node | None:
         """One over what mean gradients are too large by; None where that is one."""

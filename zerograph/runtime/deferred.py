@@ -17,13 +17,13 @@ class Deferred:
         if value.device.type == "cuda":
             self._value = torch.empty((), dtype=value.dtype, pin_memory=True)
             self._value.copy_(value, non_blocking=True)
-            self._copied = torch.cuda.Event()
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record()
 
     @property
     def known(self) -> bool:
         """Whether reading waits for nothing."""
-        return self._copied is None or self._copied.query()
+        return self._copied is None or bool(self._copied.query())  # type: ignore[no-untyped-call]
 
     def read(self) -> float:
         if self._copied is not None:

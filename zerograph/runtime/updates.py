@@ -208,7 +208,9 @@ class Updates:
         """Count a skip, and let the loss scale follow."""
         self.skipped += not self._applied
         before = self.scale
-        said = self.scaler.update(self._applied) if self.scaler is not None else "nothing is changed"
+        said = (
+            self.scaler.update(self._applied) if self.scaler is not None else "nothing is changed"
+        )
         self._hand_on_scale()
         if self.state.world.rank == 0 and not self._applied:
             _log.warning("step %d is skipped, gradients are not finite: %s", self.count, said)

@@ -70,7 +70,11 @@ def _control_is_whole(graph: TrainGraph, update: fx.Node) -> Iterator[str]:
 
 def _is_control(value: object, finish: fx.Node) -> bool:
     """Whether `value` is the second result of `finish`."""
-    return is_call(value, operator.getitem) and value.args == (finish, 1)
+    return (
+        isinstance(value, fx.Node)
+        and value.target is operator.getitem
+        and value.args == (finish, 1)
+    )
 
 
 def _derives(value: object, sources: set[fx.Node], not_through: set[fx.Node]) -> bool:

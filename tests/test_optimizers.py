@@ -25,11 +25,7 @@ Make = Callable[[Any], Optimizer]
 OPT_IN = {"gradient_clipping": 0.0, "zero_allow_untested_optimizer": True}
 
 
-@pytest.fixture(autouse=True)
-def torchs_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rules in torch operations: torch's CPU square root is not correctly rounded, so no other target can
-    have its bits. test_kernels.py compares the other targets with torch.optim."""
-    monkeypatch.setenv("ZEROGRAPH_KERNELS", "torch")
+pytestmark = pytest.mark.usefixtures("torchs_bits")
 
 
 def mlp() -> Mlp:

@@ -363,17 +363,21 @@ def _label(entry: Any) -> str:
 
 def _folded(names: _Names) -> _Names:
     """Names in a skeleton: values of aten ops have no number, which torch's decompositions decide."""
-    named = {n: n.op == "placeholder" or ops.is_zero(n.target) for n in names}
-    folded = _Names({n: name if named[n] else "%_" for n, name in names.items()})
+    folded = _Names({n: name if _is_kept(n) else "%_" for n, name in names.items()})
     folded.sizes = names.sizes
     return folded
+
+
+def _is_kept(node: fx.Node) -> bool:
+    """Whether a skeleton shows a node: those of ZeRO, not those of aten."""
+    return node.op == "placeholder" or ops.is_zero(node.target) or _is_of_finish(node)
 
 
 def _skeleton(nodes: list[fx.Node], names: _Names) -> list[Line]:
     """zero.* lines, with each run of aten ops between them folded into one."""
     found: list[Line] = []
     for node in nodes:
-        if ops.is_zero(node.target):
+        if _is_kept(node):
             found.append(_line(node, names))
         elif not found or found[-1].text != "  ...":
             found.append(Line("  ...", region_of(node), module_of(node)))

@@ -94,7 +94,8 @@ def ours(name: str, rank: int, stage: int, optimizer: str, **extra: Any) -> dict
 def _peaks(engine: zerograph.Engine, batch: dict[str, Tensor]) -> tuple[int, int]:
     """Bytes alive at most in a step, and as planned."""
     with Storages([*held_by(engine), *batch.values()]) as seen:
-        engine.backward(loss_of(engine(**batch)))
+        output = engine(**batch)  # held by the caller until after the step
+        engine.backward(loss_of(output))
         engine.step()
     return seen.peak, engine.plan.memory.peak
 

@@ -1,7 +1,7 @@
 # make demo    train a small Llama at ZeRO stage 3 on two processes (STEPS=200, RANKS=2)
 # make test    the tests (TESTS="tests/test_config.py -k batch" for some of them, JOBS=2 at a time)
 # make lint    ruff and mypy
-# make bench   the benchmarks: planning time, one step beside DDP and fully_shard, lengths, precision
+# make bench   the benchmarks: planning time, one step beside DDP and fully_shard, lengths, precision, kernels
 # make clean   remove what these made, the virtual environment included
 #
 # Each makes a virtual environment in .venv first, unless it is there and up to date. Another
@@ -59,6 +59,7 @@ bench: $(INSTALLED)
 	$(PY) benchmarks/step.py
 	$(PY) benchmarks/varying_lengths.py
 	$(PY) benchmarks/precision.py
+	$(PY) benchmarks/kernels.py
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

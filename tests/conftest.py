@@ -17,3 +17,13 @@ def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
     """The plugin's entry point is missing where the package was installed before it had one."""
     if not pluginmanager.is_registered(pytest_plugin):
         pluginmanager.register(pytest_plugin, "zerograph")
+
+
+@pytest.fixture
+def torchs_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels in torch operations, for tests that compare training with torch.optim bit for bit.
+
+    torch's square root on the CPU is not correctly rounded, so no other target can have its bits.
+    test_kernels.py compares the other targets with torch.optim.
+    """
+    monkeypatch.setenv("ZEROGRAPH_KERNELS", "torch")

@@ -264,6 +264,18 @@ KNOBS = (
         optimizer("SGD"),
         optimizer("SGD", momentum=0.9),
     ),
+    Knob(
+        "optimizer.params.nesterov",
+        "Another kernel.",
+        optimizer("SGD", momentum=0.9),
+        optimizer("SGD", momentum=0.9, nesterov=True),
+    ),
+    Knob(
+        "optimizer.params.maximize",
+        "Another kernel, which negates the gradient.",
+        optimizer("AdamW"),
+        optimizer("AdamW", maximize=True),
+    ),
 )
 
 

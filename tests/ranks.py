@@ -30,13 +30,17 @@ def run_ranks(
 ) -> list[Any]:
     """`function(rank, world, *args)` on `world` ranks; their return values in rank order.
 
-    `function` must be importable (a module-level function); what it returns must pickle.
+    `function` must be importable (a module-level function); what it returns must pickle. Ranks have the
+    caller's ZEROGRAPH_ variables.
     """
+    settings = {name: os.environ[name] for name in os.environ if name.startswith("ZEROGRAPH_")}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            context.Process(target=_rank, args=(rank, world, folder, function, args), daemon=True)
+            context.Process(
+                target=_rank, args=(rank, world, folder, settings, function, args), daemon=True
+            )
             for rank in range(world)
         ]
         for process in processes:
@@ -72,9 +76,14 @@ def _read(path: Path) -> tuple[str, Any]:
 
 
 def _rank(
-    rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world: int,
+    folder: str,
+    settings: dict[str, str],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.update(settings, OMP_NUM_THREADS="1")
     import torch
     import torch.distributed as dist
 

@@ -402,7 +402,9 @@ def test_a_broken_cluster_file_is_one_clear_line(fault: str, tmp_path: Path) -> 
 def test_a_cluster_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"no cluster 'h1000' .*; did you mean 'h100'\?"):
         cluster_of("h1000")
-    with pytest.raises(PlanError, match=r"no cluster 'slow machine' .*; there are a100, h100, .*, cpu"):
+    with pytest.raises(
+        PlanError, match=r"no cluster 'slow machine' .*; there are a100, h100, .*, cpu"
+    ):
         cluster_of("slow machine")
     with pytest.raises(PlanError, match=r"none\.json: No such file"):
         cluster_of(str(tmp_path / "none.json"))

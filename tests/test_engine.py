@@ -373,5 +373,32 @@ def _groups(rank: int, world: int) -> None:
     assert not differing(engine.state_dict(), reference.state_dict())
 
 
+@pytest.mark.usefixtures("torchs_bits")
 def test_parameter_groups_are_segments_of_a_bucket() -> None:
     run_ranks(2, _groups)
+
+
+# Kernels
+
+
+def _losses(kernels: str, monkeypatch: pytest.MonkeyPatch, **config: Any) -> list[float]:
+    monkeypatch.setenv("ZEROGRAPH_KERNELS", kernels)
+    engine = zerograph.compile(make("llama"), config_for(3, **config))
+    losses = []
+    for step in range(20):
+        engine.backward(loss := loss_of(engine(**batch_for("llama", step % 4))))
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+@pytest.mark.parametrize("given", [{}, {"bf16": {"enabled": True}, "gradient_clipping": 0.5}])
+def test_generated_kernels_train_as_torchs_operations_do(
+    optimizer: str, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generated = _losses("cpp", monkeypatch, optimizer=optimizer, **given)
+    plain = _losses("torch", monkeypatch, optimizer=optimizer, **given)
+    assert generated[-1] < generated[0] - 0.05
+    bound = 2e-3 if given else 1e-5
+    assert max(abs(a - b) for a, b in zip(generated, plain)) < bound

@@ -22,6 +22,8 @@ from zerograph.runtime.place import place
 
 ADAMW = {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1}}
 
+pytestmark = pytest.mark.usefixtures("torchs_bits")
+
 
 def config(stage: int = 3, **more: Any) -> dict[str, Any]:
     return {**config_for(stage), "optimizer": ADAMW, **more}

@@ -10,6 +10,8 @@ from tests.storages import close
 FSDP_DIFFERS = {"t5": 19, "lowrank": 2}
 """Gradients in which fully_shard and DDP differ by rounding, so that they cannot both be matched."""
 
+pytestmark = pytest.mark.usefixtures("torchs_bits")
+
 
 @pytest.mark.parametrize("name", MODELS)
 def test_two_ranks_equal_ddp(name: str) -> None:

@@ -468,9 +468,10 @@ def test_update_steps(stage: int) -> None:
     if stage > 0:
         expected += ["%partials: f64[4] = zero.gather_partials %partial", "zero.wait %partials"]
     expected += [
-        f"%norm: f64[] = zero.grad_norm {'%partial' if stage == 0 else '%partials'}",
-        "%factor: f32[] = zero.clip %norm, 2.0",
-        f"zero.update.sgd %b0.{slices}, {mean}, [], %hyper, %used, factor=%factor",
+        f"%finish: (f64[], f32[2]) = zero.finish {'%partial' if stage == 0 else '%partials'}, max_norm=2.0",
+        "%norm: f64[] = %finish[0]",
+        "%control: f32[2] = %finish[1]",
+        f"zero.update.sgd %b0.{slices}, {mean}, [], %hyper, %used, control=%control",
     ]
     if stage in (1, 2):
         refresh = "%b0.full: f32[256] = zero.refresh %b0.full, %b0.shard"
@@ -498,16 +499,14 @@ def test_scale_multiplies_what_arrives_and_divides_what_leaves() -> None:
 
 def test_fp16_update_divides_the_scale_out_and_may_be_skipped() -> None:
     step = [line for line in lines(half(2), "step") if "refresh" not in line]
-    start = next(i for i, line in enumerate(step) if "grad_norm" in line)
-    assert [re.sub(r"%\d+", "%_", line) for line in step[start : start + 7]] == [
-        "%norm: f64[] = zero.grad_norm %partials",
+    start = next(i for i, line in enumerate(step) if "reciprocal" in line)
+    assert [re.sub(r"%\d+", "%_", line) for line in step[start : start + 5]] == [
         "%_: f32[] = aten.reciprocal(%scale)",
-        "%_: f64[] = aten.mul.Tensor(%norm, %_)",
-        "%factor: f32[] = zero.clip %_, 1.0",
-        "%_: f32[] = aten.mul.Tensor(%factor, %_)",
-        "%_: b8[] = aten.isfinite(%_)",
+        "%finish: (f64[], f32[2]) = zero.finish %partials, divided=%_, max_norm=1.0, skips",
+        "%norm: f64[] = %finish[0]",
+        "%control: f32[2] = %finish[1]",
         "zero.update.adamw %b3.master, %b3.sum, [%b3.exp_avg, %b3.exp_avg_sq], low=%b3.shard, "
-        "%hyper, %used, factor=%_, finite=%_",
+        "%hyper, %used, control=%control",
     ]
 
 
@@ -516,8 +515,7 @@ def test_bf16_checks_for_overflow_unless_told_not_to() -> None:
         given = {"bf16": {"enabled": True, "check_grad_overflow": check}}
         trace = tiny.traced(tiny.Blocks(), tiny.batch(), 4, tiny.config(1, **given))
         step = lines(tiny.planned(trace, 1, **given).graph, "step")
-        assert any("isfinite" in line for line in step) is check
-        assert any("finite=" in line for line in step) is check
+        assert any("zero.finish" in line and "skips" in line for line in step) is check
 
 
 def test_weights_are_summed_over_ranks_and_divided_out() -> None:

@@ -556,11 +556,8 @@ def norm_counts_a_bucket_twice(graph: TrainGraph) -> None:
 @fault(3, "the update of b1 in the step stands before norm_partials")
 def update_before_the_norm(graph: TrainGraph) -> None:
     update = find(graph, ops.update, "b1")
-    set_arg(update, 6, None)
-    for other in graph.nodes("step"):
-        if is_call(other, ops.update):
-            set_arg(other, 6, None)
-    drop(graph, find(graph, ops.clip))
+    set_all_updates(graph, None)
+    set_arg(find(graph, ops.finish), 2, 0.0)
     move(update, find(graph, ops.norm_partials))
 
 
@@ -569,37 +566,39 @@ def update_unclipped(graph: TrainGraph) -> None:
     set_arg(find(graph, ops.update, "b2"), 6, None)
 
 
-def set_all_updates(graph: TrainGraph, index: int, value: Any) -> None:
+def set_all_updates(graph: TrainGraph, control: Any) -> None:
     for node in graph.nodes("step"):
         if is_call(node, ops.update):
-            set_arg(node, index, value)
+            set_arg(node, 6, control)
 
 
-@fault(1, "the factor of the update of b. in the step leaves out the clipping")
+@fault(1, "the update of b. in the step does not follow the finish in the step")
 def no_update_clipped(graph: TrainGraph) -> None:
-    set_all_updates(graph, 6, None)
+    set_all_updates(graph, None)
 
 
-@fault(3, "the factor of the update of b. in the step leaves out the scale", model="half")
-def update_with_scaled_gradients(graph: TrainGraph) -> None:
-    set_all_updates(graph, 6, find(graph, ops.clip))
-    clip = find(graph, ops.clip)
-    set_arg(clip, 0, find(graph, ops.grad_norm))
+@fault(3, "the update of b. in the step does not follow the finish in the step", model="half")
+def updates_by_the_norm(graph: TrainGraph) -> None:
+    finish = find(graph, ops.finish)
+    set_all_updates(graph, next(user for user in finish.users if user.args[1] == 0))
 
 
-@fault(2, "the clipping leaves out the scale", model="half")
+@fault(2, "the finish in the step leaves out the scale", model="half")
 def clipping_by_the_scaled_norm(graph: TrainGraph) -> None:
-    set_arg(find(graph, ops.clip), 0, find(graph, ops.grad_norm))
+    set_arg(find(graph, ops.finish), 1, None)
 
 
 @fault(0, "the update of b. in the step is not skipped when the norm is not finite", model="half")
 def update_that_overflows(graph: TrainGraph) -> None:
-    set_all_updates(graph, 7, None)
+    set_arg(find(graph, ops.finish), 3, False)
 
 
-@fault(3, "the update of b2 in the step takes another factor or skip", model="half")
-def one_update_that_overflows(graph: TrainGraph) -> None:
-    set_arg(find(graph, ops.update, "b2"), 7, None)
+@fault(3, "the step has 2 finishes, not one")
+def finished_twice(graph: TrainGraph) -> None:
+    finish = find(graph, ops.finish)
+    with graph.graph.inserting_after(finish):
+        again = graph.graph.node_copy(finish)
+    again.meta.update(finish.meta)
 
 
 @fault(

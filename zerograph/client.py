@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zerograph import compat
-from zerograph.codegen.optimizers import ADAGRAD, ADAM, ADAMW, SGD, Kind, Rule
+from zerograph.codegen.rules import ADAGRAD, ADAM, ADAMW, SGD, Described, Kind
 from zerograph.config import ZeroConfig
 from zerograph.errors import PlanError
 from zerograph.probe import WHOLE, elementwise_states
@@ -26,7 +26,7 @@ Given: TypeAlias = Optimizer | Callable[[Any], Optimizer]
 """What `optimizer=` takes; a class is a callable too."""
 Groups: TypeAlias = Sequence[Mapping[str, Any]]
 
-RULES: dict[type[Optimizer], Rule] = {
+RULES: dict[type[Optimizer], Described] = {
     torch.optim.Adam: ADAM,
     torch.optim.AdamW: ADAMW,
     torch.optim.SGD: SGD,
@@ -130,7 +130,7 @@ def _require_own_parameters(instance: Optimizer, model: nn.Module) -> None:
                 )
 
 
-def _decoupled(instance: Optimizer, rule: Rule) -> Rule:
+def _decoupled(instance: Optimizer, rule: Described) -> Described:
     """torch's Adam is AdamW where its groups say so."""
     said = {bool(group.get("decoupled_weight_decay", False)) for group in instance.param_groups}
     if type(instance) is torch.optim.Adam and len(said) > 1:

@@ -166,8 +166,8 @@ class Engine:
         if boundary:
             self._updates.require_ready()
         self.micro_steps += 1
-        if boundary and self._updates.apply() and self.lr_scheduler is not None:
-            self.lr_scheduler.step()
+        if boundary:
+            self._updates.apply(self.lr_scheduler)
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the next `step()` updates parameters."""

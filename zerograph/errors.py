@@ -36,6 +36,14 @@ class LossScaleError(ZerographError):
     """Raised when gradients overflow at the least loss scale, so that training cannot go on."""
 
 
+class KernelError(ZerographError):
+    """Raised when a generated kernel cannot be compiled."""
+
+
+class KernelWarning(UserWarning):
+    """Given when kernels run slower than they could, for want of a compiler or of Triton."""
+
+
 class ProgramWarning(UserWarning):
     """Given when calls of an engine need many programs, or one for each shape."""
 

@@ -15,11 +15,11 @@ them into collectives and kernels. `world` is a number of ranks; no operator kno
     accumulate      add, times a weight, to the gradients kept since the last step (if any yet)
     norm_partials   sums of squares of gradient slices, one for each of `parts` ranks' slices
     gather_partials start an all-gather of the one partial that each rank has
-    grad_norm       global 2-norm from all ranks' partials, summed in rank order
-    clip            the factor min(1, max_norm / (norm + 1e-6)) of torch's clip_grad_norm_
+    finish          from all ranks' partials, summed in rank order: the global 2-norm, and what controls the
+                    updates (the factor of gradients, and whether they apply)
     any_rank        start a maximum over ranks of the flags of parameters that received a gradient
     sum_weights     start a sum over ranks of the weights of the losses since the last step
-    update          the optimizer's rule on one bucket's shard, in place; nothing if not `finite`
+    update          the optimizer's rule on one bucket's shard, in place, as `control` says
     refresh         start an all-gather of updated shards into the full bucket, in place
 """
 
@@ -105,14 +105,13 @@ def gather_partials(partial: Tensor, world: int) -> Tensor:
     return partial.new_empty(world)
 
 
-@_define("grad_norm(Tensor partials) -> Tensor")
-def grad_norm(partials: Tensor) -> Tensor:
-    return partials.new_empty(())
-
-
-@_define("clip(Tensor norm, float max_norm) -> Tensor")
-def clip(norm: Tensor, max_norm: float) -> Tensor:
-    return norm.new_empty((), dtype=torch.float32)
+@_define(
+    "finish(Tensor partials, Tensor? divided, float max_norm, bool skips) -> (Tensor norm, Tensor control)"
+)
+def finish(
+    partials: Tensor, divided: Tensor | None, max_norm: float, skips: bool
+) -> tuple[Tensor, Tensor]:
+    return partials.new_empty(()), partials.new_empty(2, dtype=torch.float32)
 
 
 @_define("any_rank(Tensor flags, int world) -> Tensor")
@@ -127,7 +126,7 @@ def sum_weights(weight: Tensor, world: int) -> Tensor:
 
 @_define(
     "update(Tensor master, Tensor grad, Tensor[] state, Tensor? low, Tensor hyper, Tensor used, "
-    "Tensor? factor, Tensor? finite, str bucket, str rule) -> ()"
+    "Tensor? control, str bucket, str rule) -> ()"
 )
 def update(
     master: Tensor,
@@ -136,8 +135,7 @@ def update(
     low: Tensor | None,
     hyper: Tensor,
     used: Tensor,
-    factor: Tensor | None,
-    finite: Tensor | None,
+    control: Tensor | None,
     bucket: str,
     rule: str,
 ) -> None:

@@ -21,7 +21,7 @@ from torch import nn
 from zerograph import pipeline
 from zerograph.changes import unified
 from zerograph.client import Client, Given, client_of
-from zerograph.codegen.optimizers import RULES, Kind
+from zerograph.codegen.rules import RULES, Described, Kind
 from zerograph.config import ZeroConfig, load_config
 from zerograph.cost import (
     Cluster,
@@ -72,6 +72,14 @@ class OptimizerSpec:
     def states(self) -> tuple[str, ...]:
         """Names of the state slices; a group with momentum decides for all."""
         return max((self.rule.states(group) for group in self.groups), key=len)
+
+    @property
+    def label(self) -> str:
+        """The rule and the options that change its code: sgd.momentum.nesterov."""
+        if not isinstance(self.rule, Described):
+            return self.rule.name
+        variants = dict.fromkeys(self.rule.flags(group) for group in self.groups)
+        return "|".join(".".join([self.rule.name, *sorted(flags)]) for flags in variants)
 
 
 @dataclass(frozen=True)
@@ -286,7 +294,7 @@ def passes_for(
         Release(),
         Reduce(1.0 if weighted else 1 / config.batch(graph.world).accumulation, average),
         Update(
-            rule=spec.rule.name if spec else "",
+            rule=spec.label if spec else "",
             states=spec.states if spec else (),
             scalars=len(spec.rule.scalars) if spec else 0,
             average=average,

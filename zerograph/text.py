@@ -180,10 +180,17 @@ def _names(graph: TrainGraph) -> _Names:
     for node in graph.nodes():
         if ops.is_zero(node.target):
             names[node] = _zero_name(node, names)
+        elif _is_of_finish(node):
+            names[node] = ("%norm", "%control")[cast(int, node.args[1])]
         else:
             names[node] = f"%{count}"
             count += 1
     return names
+
+
+def _is_of_finish(node: fx.Node) -> bool:
+    source = node.args[0] if node.args else None
+    return isinstance(source, fx.Node) and is_call(source, ops.finish)
 
 
 def _zero_name(node: fx.Node, names: _Names) -> str:
@@ -192,10 +199,8 @@ def _zero_name(node: fx.Node, names: _Names) -> str:
         return names[cast(fx.Node, first)]
     if is_call(node, ops.param):
         return f"%{node.args[1]}"
-    if is_call(node, ops.grad_norm):
-        return "%norm"
-    if is_call(node, ops.clip):
-        return "%factor"
+    if is_call(node, ops.finish):
+        return "%finish"
     if is_call(node, ops.norm_partials):
         return "%partial"
     if is_call(node, ops.gather_partials):
@@ -250,7 +255,9 @@ def _zero_line(node: fx.Node, names: _Names) -> str:
     if is_call(node, ops.grad_buffer):
         return f"{name}: {_type(node, names)} = {target} {args[1]}"
     if is_call(node, ops.update):
-        return f"{target}.{args[9]} {_update_arguments(node, names)}"
+        return f"{target}.{args[8]} {_update_arguments(node, names)}"
+    if is_call(node, ops.finish):
+        return f"{name}: {_type(node, names)} = {target} {_finish_arguments(node, names)}"
     shown = ", ".join(_value(a, names) for a in _shown(node))
     return f"{name}: {_type(node, names)} = {target} {shown}"
 
@@ -266,13 +273,20 @@ def _shown(node: fx.Node) -> Sequence[Any]:
     return args[:-1] if is_call(node, ops.accumulate) and args[-1] == 1.0 else args
 
 
+def _finish_arguments(node: fx.Node, names: _Names) -> str:
+    partials, divided, max_norm, skips = node.args
+    parts = [_value(partials, names)]
+    parts += [f"divided={_value(divided, names)}"] if divided is not None else []
+    parts += [f"max_norm={max_norm}"] if max_norm else []
+    return ", ".join([*parts, *["skips"] * bool(skips)])
+
+
 def _update_arguments(node: fx.Node, names: _Names) -> str:
-    master, grad, state, low, hyper, used, factor, finite = node.args[:8]
+    master, grad, state, low, hyper, used, control = node.args[:7]
     parts = [_value(master, names), _value(grad, names), _value(state, names)]
     parts += [f"low={_value(low, names)}"] if low is not None else []
     parts += [_value(hyper, names), _value(used, names)]
-    parts += [f"factor={_value(factor, names)}"] if factor is not None else []
-    parts += [f"finite={_value(finite, names)}"] if finite is not None else []
+    parts += [f"control={_value(control, names)}"] if control is not None else []
     return ", ".join(parts)
 
 
@@ -349,17 +363,21 @@ def _label(entry: Any) -> str:
 
 def _folded(names: _Names) -> _Names:
     """Names in a skeleton: values of aten ops have no number, which torch's decompositions decide."""
-    named = {n: n.op == "placeholder" or ops.is_zero(n.target) for n in names}
-    folded = _Names({n: name if named[n] else "%_" for n, name in names.items()})
+    folded = _Names({n: name if _is_kept(n) else "%_" for n, name in names.items()})
     folded.sizes = names.sizes
     return folded
+
+
+def _is_kept(node: fx.Node) -> bool:
+    """Whether a skeleton shows a node: those of ZeRO, not those of aten."""
+    return node.op == "placeholder" or ops.is_zero(node.target) or _is_of_finish(node)
 
 
 def _skeleton(nodes: list[fx.Node], names: _Names) -> list[Line]:
     """zero.* lines, with each run of aten ops between them folded into one."""
     found: list[Line] = []
     for node in nodes:
-        if ops.is_zero(node.target):
+        if _is_kept(node):
             found.append(_line(node, names))
         elif not found or found[-1].text != "  ...":
             found.append(Line("  ...", region_of(node), module_of(node)))

@@ -1,16 +1,13 @@
-"""Torch implementations of the kernels that a lowered program calls.
+"""What a lowered program calls to keep gradients: buffers, copies into them, sums over micro-batches.
 
-Each function is the target of a node that `lower` emits. Their signatures are final: generated Triton
-and C++ kernels take their places one by one. Nothing here communicates.
+Each function is the target of a node that `lower` emits, as are `norm_partials` and `finish` of dispatch.py,
+which are generated. Nothing here communicates.
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-NORM_CHUNK = 1 << 14
-"""Elements summed at a time, so that fp32 partial sums of squares stay accurate."""
 
 
 def grad_buffer(
@@ -38,39 +35,3 @@ def accumulate(kept: Tensor | None, grad: Tensor, weight: float, dtype: torch.dt
         return kept.add_(grad, alpha=weight)
     first = grad.to(dtype)
     return first.mul_(weight) if weight != 1.0 else first
-
-
-def norm_partials(grads: Sequence[Tensor], parts: int) -> Tensor:
-    """Sums of squares, float64 [parts]: of the r-th of `parts` equal slices of all `grads`.
-
-    Each slice is summed in chunks (fp32 inside a chunk, float64 over them), so the result depends on
-    the slice's contents alone: the same bits whether a rank has one slice or all of them.
-    """
-    totals = torch.zeros(parts, dtype=torch.float64, device=grads[0].device)
-    for grad in grads:
-        for part, own in enumerate(grad.chunk(parts)):
-            totals[part] += _sum_of_squares(own)
-    return totals
-
-
-def _sum_of_squares(flat: Tensor) -> Tensor:
-    whole = flat.numel() // NORM_CHUNK * NORM_CHUNK
-    chunks = flat[:whole].view(-1, NORM_CHUNK)
-    dtype = torch.promote_types(flat.dtype, torch.float32)
-    norms = [torch.linalg.vector_norm(chunks, dim=1, dtype=dtype)] if whole else []
-    if whole < flat.numel():
-        norms.append(torch.linalg.vector_norm(flat[whole:], dtype=dtype).view(1))
-    return torch.cat(norms).double().square().sum()
-
-
-def grad_norm(partials: Tensor) -> Tensor:
-    """The global 2-norm, float64 [], from one partial for each rank, summed in rank order."""
-    total = partials[0]
-    for partial in partials[1:]:
-        total = total + partial
-    return total.sqrt()
-
-
-def clip(norm: Tensor, max_norm: float) -> Tensor:
-    """The factor, fp32 [], that torch.nn.utils.clip_grad_norm_ multiplies gradients by."""
-    return (max_norm / (norm + 1e-6)).clamp(max=1.0).float()

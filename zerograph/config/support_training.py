@@ -7,11 +7,11 @@ _OPTION = "an option of the parameter groups, which the update reads at every st
 TRAINING_ROWS = (
     *built("train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps"),
     *built("gradient_clipping bf16.enabled optimizer.type"),
-    *built(under("optimizer.params", "adam_w_mode amsgrad momentum")),
+    *built(under("optimizer.params", "adam_w_mode amsgrad momentum nesterov maximize")),
     *built(
         under(
             "optimizer.params",
-            "lr betas eps weight_decay maximize dampening nesterov lr_decay initial_accumulator_value",
+            "lr betas eps weight_decay dampening lr_decay initial_accumulator_value",
         ),
         _OPTION,
     ),

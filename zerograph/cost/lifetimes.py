@@ -14,8 +14,8 @@ as the lowered program has it, which forgets each value at its last use. Longer 
     the batch                    throughout
     an arriving gradient         to the end of the backward: autograd holds it
 
-An update makes temporaries, a cache-sized piece at a time (codegen/optimizers.py). What any other operator
-uses inside and frees before it returns (a convolution's workspace, a collective's staging) is not a
+The kernel of an update makes nothing; a user's own class is given copies of gradients. What any other
+operator uses inside and frees before it returns (a convolution's workspace, a collective's staging) is not a
 storage of the graph, and not counted.
 """
 
@@ -25,7 +25,7 @@ from typing import Any, cast
 from torch import Tensor, fx
 
 from zerograph import ops
-from zerograph.codegen.optimizers import CHUNK, RULES
+from zerograph.codegen.rules import RULES
 from zerograph.compat import hint
 from zerograph.ir import (
     TrainGraph,
@@ -140,14 +140,11 @@ class Lifetimes:
         return "gradients" if reduces or region_of(node) == "step" else "activations"
 
     def _temporaries(self, index: int, node: fx.Node) -> Stored:
-        """What an update makes: of a rule's pieces, or of a user's class the gradients it is given."""
+        """The gradients that a user's class is given; a rule's kernel makes nothing."""
         master, grad = (cast(fx.Node, a).meta["val"] for a in node.args[:2])
-        rule = RULES.get(cast(str, node.args[9]))
-        cast_first = grad.dtype != master.dtype
-        if rule is not None:
-            count = min(CHUNK, master.numel()) * (rule.temporaries + cast_first)
-        else:
-            count = master.numel() * int(cast_first or node.args[6] is not None)
+        made = grad.dtype != master.dtype or node.args[6] is not None
+        is_rule = cast(str, node.args[8]).partition(".")[0] in RULES
+        count = master.numel() * int(made and not is_rule)
         block = self.graph.layout.buckets[bucket_of(node)].block
         return Stored(block, "optimizer", count * master.dtype.itemsize, index, index)
 

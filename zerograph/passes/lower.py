@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from zerograph import ops
-from zerograph.codegen import kernels
+from zerograph.codegen import dispatch, kernels
 from zerograph.ir import Region, Role, TrainGraph, is_call, role_of
 
 c10d = torch.ops._c10d_functional
@@ -234,7 +234,7 @@ def _accumulate(b: _Builder, node: fx.Node) -> fx.Node:
 
 
 def _norm_partials(b: _Builder, node: fx.Node) -> fx.Node:
-    return b.call(kernels.norm_partials, *b.args(node))
+    return b.call(dispatch.norm_partials, *b.args(node))
 
 
 def _gather_partials(b: _Builder, node: fx.Node) -> fx.Node:
@@ -242,12 +242,8 @@ def _gather_partials(b: _Builder, node: fx.Node) -> fx.Node:
     return _gathered(b, partial, node)
 
 
-def _grad_norm(b: _Builder, node: fx.Node) -> fx.Node:
-    return b.call(kernels.grad_norm, *b.args(node))
-
-
-def _clip(b: _Builder, node: fx.Node) -> fx.Node:
-    return b.call(kernels.clip, *b.args(node))
+def _finish(b: _Builder, node: fx.Node) -> fx.Node:
+    return b.call(dispatch.finish, *b.args(node))
 
 
 def _any_rank(b: _Builder, node: fx.Node) -> fx.Node:
@@ -262,8 +258,8 @@ def _sum_weights(b: _Builder, node: fx.Node) -> fx.Node:
 
 def _update(b: _Builder, node: fx.Node) -> fx.Node:
     """The `hyper` input carries the optimizer's groups, step counts and rule, and applies it."""
-    master, grad, state, low, hyper, used, factor, finite, bucket, _ = b.args(node)
-    args = (hyper, bucket, master, grad, state, low, used, factor, finite)
+    master, grad, state, low, hyper, used, control, bucket, _ = b.args(node)
+    args = (hyper, bucket, master, grad, state, low, used, control)
     return b.out.call_method("update", args)
 
 
@@ -288,8 +284,7 @@ _HANDLERS: dict[Any, Handler] = {
     ops.accumulate: _accumulate,
     ops.norm_partials: _norm_partials,
     ops.gather_partials: _gather_partials,
-    ops.grad_norm: _grad_norm,
-    ops.clip: _clip,
+    ops.finish: _finish,
     ops.any_rank: _any_rank,
     ops.sum_weights: _sum_weights,
     ops.update: _update,

@@ -6,9 +6,10 @@
       %part = zero.norm_partials [%b0.mean]
       %parts = zero.gather_partials %part
       zero.wait %parts
-      %norm = zero.grad_norm %parts
-      %factor = zero.clip %norm 1.0
-      zero.update %b0.shard, %b0.mean, ..          # in place on this rank's slice
+      %finish = zero.finish %parts, max_norm=1.0
+      %norm = %finish[0]
+      %control = %finish[1]                        # the factor of gradients
+      zero.update %b0.shard, %b0.mean, .., control=%control   # in place on this rank's slice
       %b0.new = zero.refresh %b0.full, %b0.shard   # stages 1 and 2: everyone's slices
       zero.wait %b0.new
 
@@ -17,19 +18,19 @@ every rank has every slice, no communication is needed for it. Where some parame
 this graph, ranks exchange which ones had (a parameter is left alone if it had none on any rank).
 ZeRO, arXiv:1910.02054 section 5.1.
 
-What gradients were multiplied by is divided out of the norm and then, with clipping, in one factor:
+What gradients were multiplied by is divided out of the norm and, with clipping, in one factor:
 
       %0 = aten.reciprocal %scale                  # fp16; with weighted accumulation world / sum of weights
-      %norm.. = aten.mul %norm, %0
-      %1 = aten.isfinite %norm..                   # fp16, bf16, weights: skipped if it is not
-      zero.update %b0.shard, %b0.mean, .., factor=.., finite=%1
+      %finish = zero.finish %parts, divided=%0, max_norm=1.0, skips   # fp16, bf16, weights: skips
 
+`control` has the factor, and whether updates apply: with `skips` they do not if the norm is not finite.
 The norm is the same on every rank, so all skip or none: a NaN or infinity anywhere is in everyone's norm.
 """
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import fx
@@ -41,6 +42,7 @@ from zerograph.passes.reduce import MEAN, Average
 from zerograph.passes.scale import add_scalar
 
 aten = torch.ops.aten
+_getitem = cast(Any, operator.getitem)
 
 
 @dataclass(frozen=True)
@@ -82,17 +84,11 @@ class _Step:
     def run(self, kept: Mapping[Bucket, fx.Node]) -> None:
         with self.graph.inserting(self.graph.output, "step") as insert:
             grads = self._means(insert, kept)
-            norm = self._norm(insert, list(grads.values()))
-            divided = self._divided(insert)
-            if divided is not None:
-                norm = insert(aten.mul.Tensor, norm, divided)
-            factor = self._factor(insert, norm, divided)
-            skips = self.graph.precision.skips or self.options.weighted
-            finite = insert(aten.isfinite.default, norm) if skips else None
+            norm, control = self._finish(insert, list(grads.values()))
             used = self._used(insert)
             hyper = self._hyper()
             for bucket, grad in grads.items():
-                self._update(insert, bucket, grad, hyper, used, factor, finite)
+                self._update(insert, bucket, grad, hyper, used, control)
             self._refresh(insert, list(grads))
         self.graph.set_outputs(step=[norm])
 
@@ -113,12 +109,19 @@ class _Step:
             return node
         return insert(aten._to_copy.default, node, dtype=dtype)
 
-    def _norm(self, insert: Inserter, grads: list[fx.Node]) -> fx.Node:
+    def _finish(self, insert: Inserter, grads: list[fx.Node]) -> tuple[fx.Node, fx.Node | None]:
+        """The norm, and what controls the updates; None where that is nothing."""
         whole = self.graph.stage == 0
         partials = insert(ops.norm_partials, grads, self.graph.world if whole else 1)
         if not whole:
             partials = insert(ops.wait, insert(ops.gather_partials, partials, self.graph.world))
-        return insert(ops.grad_norm, partials)
+        divided = self._divided(insert)
+        skips = self.graph.precision.skips or self.options.weighted
+        made = insert(ops.finish, partials, divided, self.options.max_norm, skips)
+        norm = insert(_getitem, made, 0)
+        if divided is None and not skips and self.options.max_norm <= 0:
+            return norm, None
+        return norm, insert(_getitem, made, 1)
 
     def _divided(self, insert: Inserter) -> fx.Node | None:
         """One over what mean gradients are too large by; None where that is one."""
@@ -135,19 +138,12 @@ class _Step:
             return insert(aten.mul.Tensor, *parts)
         return parts[0] if parts else None
 
-    def _factor(self, insert: Inserter, norm: fx.Node, divided: fx.Node | None) -> fx.Node | None:
-        """What the update multiplies gradients by, fp32 []; None for one."""
-        factor = divided
-        if self.options.max_norm > 0:
-            factor = insert(ops.clip, norm, self.options.max_norm)
-            if divided is not None:
-                factor = insert(aten.mul.Tensor, factor, divided)
-        return None if factor is None else self._cast(insert, factor, torch.float32)
-
     def _used(self, insert: Inserter) -> fx.Node:
+        """Which parameters have a gradient: the host's to know, unless ranks have to ask each other."""
         count = sum(p.trainable for p in self.graph.layout.params.values())
+        device = self._device if self.graph.unused else torch.device("cpu")
         with self.graph.fake_mode:
-            value = torch.empty(count, dtype=torch.uint8, device=self._device)
+            value = torch.empty(count, dtype=torch.uint8, device=device)
         used = self.graph.add_placeholder("used", "used", value)
         if not self.graph.unused:
             return used
@@ -166,8 +162,7 @@ class _Step:
         grad: fx.Node,
         hyper: fx.Node,
         used: fx.Node,
-        factor: fx.Node | None,
-        finite: fx.Node | None,
+        control: fx.Node | None,
     ) -> None:
         own = self._own(bucket)
         master_dtype = self.graph.precision.master(bucket.dtype)
@@ -178,8 +173,7 @@ class _Step:
         names = self.options.states
         state = [self._state(bucket, "state", f"{bucket.name}/{s}", numel) for s in names]
         rule = self.options.rule
-        flags = used, factor, finite
-        insert(ops.update, master, grad, state, low, hyper, *flags, bucket.name, rule)
+        insert(ops.update, master, grad, state, low, hyper, used, control, bucket.name, rule)
 
     def _own(self, bucket: Bucket) -> fx.Node:
         """What the optimizer writes: all of the bucket at stage 0, else this rank's slice."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zerograph.client import Client
+from zerograph.codegen.rules import Described
 from zerograph.errors import PlanError
 from zerograph.layout import Param
 from zerograph.probe import like
@@ -110,12 +111,15 @@ class FlatOptimizer(ShardedOptimizer):
         states: Sequence[Tensor],
         low: Tensor | None,
         used: Tensor,
-        factor: Tensor | None,
-        finite: Tensor | None,
+        control: Tensor | None,
     ) -> None:
-        """The target of `zero.update`: one step of the class on the bucket's pieces."""
+        """The target of `zero.update`: one step of the class on the bucket's pieces.
+
+        On CUDA this waits for `control`, since the class runs on the host.
+        """
         self._stepped()
-        if finite is not None and not bool(finite):
+        factor, applies = control.tolist() if control is not None else (None, True)
+        if not applies:
             return
         flags = used.tolist()
         params = self._layout.bucket_params(bucket)
@@ -131,6 +135,9 @@ class FlatOptimizer(ShardedOptimizer):
             self._keep_states(param)
         if low is not None:
             low.copy_(master)
+
+    def undo(self) -> None:
+        """Nothing: a step that does not apply does not reach the class."""
 
     def _keep_states(self, param: Param) -> None:
         """Let the states of a piece lie in the engine's flat states."""
@@ -152,6 +159,6 @@ def optimizer_on(
     kind: Any, groups: Sequence[Mapping[str, Any]], state: State, client: Client | None
 ) -> ShardedOptimizer:
     """The engine's optimizer: a rule, or a user's class where it has none."""
-    if client is not None and not hasattr(client.kind, "apply"):
+    if client is not None and not isinstance(client.kind, Described):
         return FlatOptimizer(groups, state, client)
     return ShardedOptimizer(kind, groups, state, client)

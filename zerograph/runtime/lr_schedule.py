@@ -30,6 +30,13 @@ class ConfigLR(LRScheduler):
     def get_lr(self) -> list[Any]:
         return [self._curve(self.last_epoch - 1, float(base)) for base in self.base_lrs]
 
+    def undo(self) -> None:
+        """Take the last step back: the update before it turned out to have been skipped."""
+        self.last_epoch -= 1
+        for group, rate in zip(self.optimizer.param_groups, self.get_lr()):
+            group["lr"] = rate
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
 
 def scheduler_of(config: ZeroConfig, optimizer: Optimizer | None) -> ConfigLR | None:
     """The scheduler that the config names, on `optimizer`; None without one."""

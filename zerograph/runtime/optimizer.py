@@ -14,7 +14,8 @@ from torch import Tensor
 
 from zerograph import compat
 from zerograph.client import Client
-from zerograph.codegen.optimizers import Kind, Rule, Run, scalar_row, update
+from zerograph.codegen.dispatch import update
+from zerograph.codegen.rules import Described, Kind, Run
 from zerograph.errors import PlanError
 from zerograph.layout import Layout, Param
 from zerograph.probe import REFUSED
@@ -102,6 +103,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _take(self, layout: Layout, steps: Mapping[str, int]) -> None:
         self._layout = layout
         self._trainable = [p for p in layout.params.values() if p.trainable]
+        self._before: list[int] = []
         self._index = {p.name: i for i, p in enumerate(self._trainable)}
         self._steps = [steps.get(p.name, 0) for p in self._trainable]
 
@@ -183,9 +185,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     # What a step program calls
 
-    def scalars(self) -> Tensor:
-        """The table of scalars, fp32 [groups, columns], from options held in float64."""
-        return torch.tensor([scalar_row(self._rule, group) for group in self._options()])
+    def begin(self) -> None:
+        """A step begins."""
+        self._before = list(self._steps)
+
+    def undo(self) -> None:
+        """The last step was skipped: it does not count."""
+        self._steps = self._before
 
     def runs(self, bucket: str, used: Sequence[int]) -> list[Run]:
         """This rank's slice of a bucket as runs of one group and step count, unused ones left out."""
@@ -215,19 +221,21 @@ class ShardedOptimizer(torch.optim.Optimizer):
         states: Sequence[Tensor],
         low: Tensor | None,
         used: Tensor,
-        factor: Tensor | None,
-        finite: Tensor | None,
+        control: Tensor | None,
     ) -> None:
-        """The target of `zero.update`: apply the rule to one bucket's slice, in place."""
+        """The target of `zero.update`: apply the rule to one bucket's slice, in place.
+
+        `control` fp32 [2] says what gradients are multiplied by and whether anything is applied; step
+        counts advance in any case, until `undo`.
+        """
         self._stepped()
-        if finite is not None and not bool(finite):
-            return
         flags = used.tolist()
         for param in self._layout.bucket_params(bucket):
             self._steps[self._index[param.name]] += bool(flags[self._index[param.name]])
         runs = self.runs(bucket, flags)
-        assert isinstance(self._rule, Rule)
-        update(self._rule, self._options(), runs, master, grad, states, low, factor)
+        assert isinstance(self._rule, Described)
+        named = dict(zip(self._state.storages[bucket].states, states, strict=True))
+        update(self._rule, self._options(), runs, master, grad, named, low, control)
 
     def _stepped(self) -> None:
         compat.mark_stepped(self)

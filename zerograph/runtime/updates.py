@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from zerograph.config import ZeroConfig
 from zerograph.errors import PlanError
 from zerograph.passes.lower import Program
 from zerograph.plan import Plan
+from zerograph.runtime.deferred import Deferred
 from zerograph.runtime.loss_scale import LossScaler, scaler_of
+from zerograph.runtime.lr_schedule import ConfigLR
 from zerograph.runtime.optimizer import ShardedOptimizer
 from zerograph.runtime.run import Execute, execute
 from zerograph.runtime.state import State
@@ -34,10 +37,6 @@ class Updates:
     count: int = 0
     """Updates so far, skipped ones included."""
     skipped: int = 0
-    norm: float | None = None
-    """Of the mean gradient at the last update, before clipping."""
-    applied: bool = False
-    """Whether the last update changed anything."""
     scaler: LossScaler | None = None
     backwards: int = 0
     """Backwards since the last update."""
@@ -48,6 +47,12 @@ class Updates:
     chosen: tuple[Plan, Program] | None = None
     """The plan whose step region is run, and that region lowered."""
     execute: Execute = execute
+    _unread: Deferred | None = None
+    """The norm of the last update, until it is asked for or the next step begins."""
+    _scheduler: LRScheduler | None = None
+    """That the last update stepped."""
+    _norm: float | None = None
+    _applied: bool = False
 
     @classmethod
     def of(cls, config: ZeroConfig, state: State, optimizer: ShardedOptimizer | None) -> "Updates":
@@ -59,6 +64,18 @@ class Updates:
     def scale(self) -> float:
         """The loss scale; 1 without fp16."""
         return self.scaler.scale if self.scaler is not None else 1.0
+
+    @property
+    def norm(self) -> float | None:
+        """The 2-norm of the mean gradient at the last update, before clipping."""
+        self.settle()
+        return self._norm
+
+    @property
+    def applied(self) -> bool:
+        """Whether the last update changed anything."""
+        self.settle()
+        return self._applied
 
     @property
     def pending(self) -> bool:
@@ -138,18 +155,48 @@ class Updates:
             )
 
     @torch.no_grad()
-    def apply(self) -> bool:
-        """Update the parameters; answers whether they were, or the step was skipped."""
-        assert self.chosen is not None
+    def apply(self, scheduler: LRScheduler | None) -> None:
+        """Update the parameters and step the schedule, or skip both.
+
+        On CUDA nothing waits for the device: an update is taken for applied, and at the next one, or when
+        something asks, it is known whether it was. A step waits for its norm with fp16, whose loss scale
+        follows it, and with a scheduler that cannot be taken back if the step may be skipped.
+        """
+        assert self.chosen is not None and self.optimizer is not None
+        self.settle()
         program = self.chosen[1]
+        self.optimizer.begin()
         inputs = [self._input(role.kind, role) for role in program.inputs]
         self.drop()
         (norm,) = self.execute(program, inputs)
-        self.norm = float(norm)
-        self.applied = math.isfinite(self.norm) or not _may_skip(program)
-        self.state.version += self.applied
+        self.count += 1
+        self._unread, self._scheduler, self._applied = Deferred(norm), scheduler, True
+        lasting = scheduler is not None and not isinstance(scheduler, ConfigLR)
+        if self._unread.known or self.scaler is not None or (self._skips and lasting):
+            self._settle()
+        self.state.version += self._applied
+        if scheduler is not None and self._applied:
+            scheduler.step()
+
+    def settle(self) -> None:
+        """Know of the last update whether it was applied; if it was not, take the schedule back."""
+        if self._unread is not None:
+            self._settle()
+            if not self._applied and isinstance(self._scheduler, ConfigLR):
+                self._scheduler.undo()
+
+    def _settle(self) -> None:
+        assert self._unread is not None and self.optimizer is not None
+        self._norm, self._unread = self._unread.read(), None
+        self._applied = math.isfinite(self._norm) or not self._skips
+        if not self._applied:
+            self.optimizer.undo()
         self._take_note()
-        return self.applied
+
+    @property
+    def _skips(self) -> bool:
+        """Whether a step program leaves everything as it is when the norm is not finite."""
+        return self.state.precision.skips or self.config.compile.weighted_accumulation
 
     def _input(self, kind: str, role: Any) -> Any:
         makers = {"used": self._flags, "weight": self._total_weight}
@@ -158,13 +205,14 @@ class Updates:
         return makers[kind]() if kind in makers else self.state.resolve(role)
 
     def _take_note(self) -> None:
-        """Count the update, and let the loss scale follow."""
-        self.count += 1
-        self.skipped += not self.applied
+        """Count a skip, and let the loss scale follow."""
+        self.skipped += not self._applied
         before = self.scale
-        said = self.scaler.update(self.applied) if self.scaler is not None else "nothing is changed"
+        said = (
+            self.scaler.update(self._applied) if self.scaler is not None else "nothing is changed"
+        )
         self._hand_on_scale()
-        if self.state.world.rank == 0 and not self.applied:
+        if self.state.world.rank == 0 and not self._applied:
             _log.warning("step %d is skipped, gradients are not finite: %s", self.count, said)
         elif self.state.world.rank == 0 and self.scale != before:
             _log.info("step %d: %s", self.count, said)
@@ -179,13 +227,9 @@ class Updates:
 
     def _flags(self) -> Tensor:
         """Which trainable parameters received a gradient, uint8 [parameters]."""
+        assert self.chosen is not None
         trainable = [p.name for p in self.state.layout.params.values() if p.trainable]
         flags = [name in self.used for name in trainable]
-        return torch.tensor(flags, dtype=torch.uint8, device=self.state.world.device)
-
-
-def _may_skip(program: Program) -> bool:
-    """Whether a step program leaves everything as it is when the norm is not finite."""
-    return any(
-        node.target is torch.ops.aten.isfinite.default for node in program.module.graph.nodes
-    )
+        asked = self.chosen[0].graph.unused  # other ranks are asked, on the device
+        device = self.state.world.device if asked else torch.device("cpu")
+        return torch.tensor(flags, dtype=torch.uint8, device=device)

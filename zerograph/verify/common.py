@@ -22,7 +22,7 @@ _BUCKET_ARGUMENT = {
     ops.all_reduce: 1,
     ops.accumulate: 2,
     ops.refresh: 2,
-    ops.update: 8,
+    ops.update: 7,
 }
 
 

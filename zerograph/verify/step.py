@@ -1,5 +1,6 @@
 """Checks of the step: every bucket updated once, from its mean gradient, by one factor."""
 
+import operator
 from collections import Counter
 from collections.abc import Iterator
 from typing import cast
@@ -34,36 +35,46 @@ def updated_once(graph: TrainGraph) -> Iterator[str]:
 
 
 def updates_agree(graph: TrainGraph) -> Iterator[str]:
-    """Every update takes its bucket's mean gradient, and the same flags, factor and skip."""
+    """Every update takes its bucket's mean gradient, and the same flags and control."""
     mean = {0: ops.all_reduce, 1: ops.reduce_scatter}.get(graph.stage, ops.accumulate)
     updates = [n for n in graph.nodes("step") if is_call(n, ops.update)]
     for node in updates:
-        grad, used, factor, finite = (cast(fx.Node, node.args[i]) for i in (1, 5, 6, 7))
+        grad, used, control = (cast(fx.Node, node.args[i]) for i in (1, 5, 6))
         if not is_call(source_of(grad), mean):
             yield f"{say(node)} takes {grad.name}, which is not the mean over ranks"
-        if factor is not updates[0].args[6] or finite is not updates[0].args[7]:
+        if control is not updates[0].args[6]:
             yield f"{say(node)} takes another factor or skip than {say(updates[0])}"
         if graph.unused and not is_call(source_of(used), ops.any_rank):
             yield f"{say(node)} does not know which parameters other ranks used"
     for node in updates[:1]:
-        yield from _factor_is_whole(graph, node)
+        yield from _control_is_whole(graph, node)
 
 
-def _factor_is_whole(graph: TrainGraph, update: fx.Node) -> Iterator[str]:
-    """Clipping, scale and weights are in the factor, the latter two also in the norm that is clipped."""
-    clips = {n for n in graph.nodes("step") if is_call(n, ops.clip)}
-    norms = {n for n in graph.nodes("step") if is_call(n, ops.grad_norm)}
-    factor, finite = update.args[6], update.args[7]
-    if clips and not _derives(factor, clips, norms):
-        yield f"the factor of {say(update)} leaves out the clipping"
+def _control_is_whole(graph: TrainGraph, update: fx.Node) -> Iterator[str]:
+    """Clipping, scale, weights and the skip are in what controls an update, if the step has any."""
+    found = [n for n in graph.nodes("step") if is_call(n, ops.finish)]
+    if len(found) != 1:
+        yield f"the step has {len(found)} finishes, not one"
+        return
+    _, divided, max_norm, skips = found[0].args
     for what in ("scale", "weight"):
         source = set(graph.placeholders(what))
-        if source and not _derives(factor, source, norms | clips):
-            yield f"the factor of {say(update)} leaves out the {what}"
-        if source and any(not _derives(clip, source, norms) for clip in clips):
-            yield f"the clipping leaves out the {what}"
-    if graph.precision.skips and not _derives(finite, norms, set()):
+        if source and not _derives(divided, source, set()):
+            yield f"{say(found[0])} leaves out the {what}"
+    if graph.precision.skips and not skips:
         yield f"{say(update)} is not skipped when the norm is not finite"
+    control = update.args[6]
+    if (divided is not None or max_norm or skips) and not _is_control(control, found[0]):
+        yield f"{say(update)} does not follow {say(found[0])}"
+
+
+def _is_control(value: object, finish: fx.Node) -> bool:
+    """Whether `value` is the second result of `finish`."""
+    return (
+        isinstance(value, fx.Node)
+        and value.target is operator.getitem
+        and value.args == (finish, 1)
+    )
 
 
 def _derives(value: object, sources: set[fx.Node], not_through: set[fx.Node]) -> bool:

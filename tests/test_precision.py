@@ -18,6 +18,7 @@ from tests.oracle import config_for, differing
 from tests.ranks import run_ranks
 from zerograph.config import load_config
 from zerograph.errors import LossScaleError, PlanError
+from zerograph.runtime.deferred import Deferred
 from zerograph.runtime.loss_scale import LossScaler, scaler_of
 
 FP16 = {"fp16": {"enabled": True}}
@@ -123,6 +124,39 @@ def test_an_overflow_on_one_rank_skips_one_step_on_all(stage: int, kind: str) ->
     assert one["counts"] == (5, 1) and one["steps"] == {4}
     scaled = [256.0, 256.0, 128.0, 128.0, 128.0] if kind == "fp16" else [1.0] * 5
     assert one["scales"] == scaled
+
+
+def _late(rank: int, world: int, stage: int) -> list[str]:
+    """Six steps, the third with an infinity on rank 1, read at once and one step late: what differs.
+
+    A norm is late where it comes from a GPU; a flag that is never up makes it so anywhere.
+    """
+    schedule = {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-2, "warmup_num_steps": 9}}
+    config = {**config_for(stage), "scheduler": schedule, "bf16": {"enabled": True}}
+    found = []
+    for late in (False, True):
+        torch.manual_seed(0)
+        engine = zerograph.compile(tiny.Blocks(dropout=0.0), config)
+        if late:
+            Deferred.known = False  # type: ignore[assignment, method-assign]
+        for step in range(6):
+            inputs = bad(tiny.batch()) if step == 2 and rank == 1 else tiny.batch()
+            engine.backward(engine(**inputs)["loss"])
+            engine.step()
+            assert (engine._updates._unread is not None) == late
+        states = {"skipped": engine.skipped_steps, "rate": engine.get_lr()}
+        held = engine.optimizer.state.values()
+        steps = [entry["step"].item() for entry in held]
+        found.append({**states, "steps": set(steps), "last": engine.was_step_applied()})
+        found[-1]["weights"] = engine.state_dict()
+    assert found[0]["skipped"] == 1 and found[0]["steps"] == {5.0}
+    different = differing(found[0].pop("weights"), found[1].pop("weights"))
+    return [*different, *(name for name in found[0] if found[0][name] != found[1][name])]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_norm_that_comes_a_step_late_skips_the_same_step(stage: int) -> None:
+    assert run_ranks(2, _late, stage) == [[], []]
 
 
 def test_without_the_check_a_nan_reaches_the_parameters() -> None:

@@ -190,6 +190,7 @@ class Engine:
     @property
     def skipped_steps(self) -> int:
         """Updates that were skipped because gradients were not finite."""
+        self._updates.settle()
         return self._updates.skipped
 
     def was_step_applied(self) -> bool:
@@ -220,6 +221,7 @@ class Engine:
 
     def get_lr(self) -> list[float]:
         """The learning rate of each parameter group; empty without an optimizer."""
+        self._updates.settle()
         groups = self.optimizer.param_groups if self.optimizer is not None else []
         return [float(group["lr"]) for group in groups]
 

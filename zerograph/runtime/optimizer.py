@@ -40,6 +40,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._state = state
         self._client = client
         self._closed = False
+        self._before: list[int] = []
+        self.settle: Callable[[], None] = _settled
+        """Called before step counts are read; the engine may not yet know whether the last step counts."""
         self._take(state.layout, {})
         self._states = {n for s in state.storages.values() for n in s.states}
         members: list[dict[str, Any]] = [{**group, "params": []} for group in groups]
@@ -89,6 +92,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _all_beside(self) -> list[dict[str, Any]]:
         """What torch keeps beside the flat states, for each trainable parameter; empty before a step."""
+        self.settle()
         return [{"step": torch.tensor(float(step))} if step else {} for step in self._steps]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -103,7 +107,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _take(self, layout: Layout, steps: Mapping[str, int]) -> None:
         self._layout = layout
         self._trainable = [p for p in layout.params.values() if p.trainable]
-        self._before: list[int] = []
         self._index = {p.name: i for i, p in enumerate(self._trainable)}
         self._steps = [steps.get(p.name, 0) for p in self._trainable]
 
@@ -112,6 +115,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def relaid(self) -> None:
         """Take the state's new layout; newly trained parameters join their groups at step 0."""
+        self.settle()
         steps = {param.name: self._steps[index] for index, param in enumerate(self._trainable)}
         self._take(self._state.layout, steps)
         listed = {id(p) for group in self.param_groups for p in group["params"]}
@@ -142,6 +146,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """torch's constructor sets an empty table; the states lie in the engine's buckets."""
 
     def _entry(self, param: Param) -> dict[str, Any]:
+        self.settle()
         step = torch.tensor(float(self._steps[self._index[param.name]]))
         return {"step": step, **self._views(param)}
 
@@ -153,6 +158,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
         """Take what `state_dict()` gave on this rank of an engine with the same layout."""
+        self.settle()
         saved = state_dict["param_groups"]
         order = [p for group in self.param_groups for p in group["params"]]
         if [len(g["params"]) for g in saved] != [len(g["params"]) for g in self.param_groups]:
@@ -254,6 +260,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     "zerograph.compile; set the option (momentum, amsgrad) when you compile"
                 )
         return made
+
+
+def _settled() -> None:
+    """Nothing is open."""
 
 
 def _plain(value: Any) -> Any:

@@ -58,6 +58,8 @@ class Updates:
     def of(cls, config: ZeroConfig, state: State, optimizer: ShardedOptimizer | None) -> "Updates":
         made = cls(config, state, optimizer, scaler=scaler_of(config))
         made._hand_on_scale()
+        if optimizer is not None:
+            optimizer.settle = made.settle
         return made
 
     @property

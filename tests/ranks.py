@@ -83,6 +83,8 @@ def _rank(
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
+    for name in [name for name in os.environ if name.startswith("ZEROGRAPH_")]:
+        del os.environ[name]  # the server has those of the test that started it
     os.environ.update(settings, OMP_NUM_THREADS="1")
     import torch
     import torch.distributed as dist

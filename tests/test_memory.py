@@ -73,7 +73,7 @@ OPTIONS = {
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options(option: str, stage: int) -> None:
     for peaks in run_ranks(2, measured, "llama", stage, OPTIONS[option]):
-        assert close(*peaks)
+        assert close(*peaks), peaks
 
 
 def test_the_tracker_sees_what_the_allocator_does(tmp_path: Path) -> None:

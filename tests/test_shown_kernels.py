@@ -14,8 +14,9 @@ from tests.oracle import config_for
 from tests.ranks import run_ranks
 from zerograph.codegen import cpp
 from zerograph.codegen.names import spec_of
+from zerograph.codegen.of_plan import kernels_of
 from zerograph.codegen.rules import RULES
-from zerograph.codegen.spec import SHORT, Copy, Finish, Norm, Spec, Update
+from zerograph.codegen.spec import Copy, Finish, Norm, Spec, Update
 from zerograph.document import Document
 from zerograph.errors import KernelError, PlanError
 
@@ -141,6 +142,23 @@ def test_groups_share_the_elements_of_a_bucket() -> None:
         assert sum(part.get(bucket.name, 0) for part in parts) == bucket.shard_numel
 
 
+def test_a_rule_with_norms_of_parameters_has_two_launches() -> None:
+    """LAMB in place of AdamW, which has as many states."""
+    graph, lamb = planned(bf16={"enabled": True}).graph, RULES["lamb"]
+    found = {used.spec.name: used for used in kernels_of(graph, lamb, [lamb.defaults])}
+    names = ["measure_lamb_f32_f32", "apply_lamb_f32_f32_bf16"]
+    assert list(found)[-2:] == names
+    assert found[names[0]].serves == found[names[1]].serves != ()
+
+
+def test_a_class_that_runs_itself_has_no_update_kernel() -> None:
+    config = tiny.config(2, zero_allow_untested_optimizer=True)
+    del config["optimizer"]
+    given = {"example_inputs": tiny.batch(), "optimizer": torch.optim.Adamax}
+    plan = zerograph.plan(tiny.Blocks(), config, **given)
+    assert set(plan.kernels()) == {"norm_f32", "finish_clip"}
+
+
 def test_sources_are_the_same_byte_for_byte() -> None:
     first, second = planned(), planned()
     for target in ("cpp", "triton"):
@@ -209,6 +227,3 @@ def test_a_name_says_what_a_kernel_is() -> None:
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(KernelError, match="no kernel"):
         spec_of(name)
-
-
-assert set(SHORT) == set(DTYPES)

@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["ZEROGRAPH_LAUNCH"] = ""  # launch settings as the package has them
 
 import pytest
 import torch

@@ -1,9 +1,11 @@
 """The command line: what it prints, what it saves, and how it ends."""
 
+import importlib.util
 import io
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -468,6 +470,85 @@ def test_diff_wants_two(folder: Path) -> None:
     assert "two plans are compared" in refused("diff", *BLOCKS, "--config", config)
     assert "given 1 times for 0 models" in refused("diff", plan, plan, "--config", config)
     assert "none.json: No such file" in refused("diff", plan, folder / "none.json")
+
+
+# kernels
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_kernels_writes_the_sources_of_a_saved_plan(folder: Path, tmp_path: Path) -> None:
+    shown = ok("kernels", folder / "plan3.json", "-o", tmp_path / "all")
+    plan = planned(3)
+    sources = {f"cpp/{name}.cpp": text for name, text in plan.kernels("cpp").items()}
+    sources |= {f"triton/{name}.py": text for name, text in plan.kernels("triton").items()}
+    assert {name: (tmp_path / "all" / name).read_text() for name in sources} == sources
+    assert files(tmp_path / "all") == set(sources)
+    assert set(shown.splitlines()) == {str(tmp_path / "all" / name) for name in sources}
+    ok("kernels", folder / "plan3.json", "--target", "cpp", "-o", tmp_path / "some")
+    assert files(tmp_path / "some") == {name for name in sources if name.startswith("cpp/")}
+
+
+def test_kernels_of_a_model_are_those_of_its_plan(folder: Path, tmp_path: Path) -> None:
+    ok("kernels", *BLOCKS, "--config", folder / "3.json", "-o", tmp_path / "model")
+    ok("kernels", folder / "plan3.json", "-o", tmp_path / "plan")
+    assert files(tmp_path / "model") == files(tmp_path / "plan")
+    name = "triton/update_adamw_f32_f32.py"
+    assert (tmp_path / "model" / name).read_text() == (tmp_path / "plan" / name).read_text()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_kernels_compiles_for_gpus_that_are_not_here(folder: Path, tmp_path: Path) -> None:
+    targets = ["--target", "sm_90", "--target", "gfx942"]
+    shown = ok("kernels", folder / "plan3.json", *targets, "-o", tmp_path)
+    report = (tmp_path / "report.txt").read_text()
+    assert shown.endswith(f"\nreport.txt\n{report}")
+    assert re.search(r"^update_adamw_f32_f32  gfx942 .*ld128 x4, st128 x3$", report, re.MULTILINE)
+    for target, end in (("sm_90", "cubin"), ("gfx942", "hsaco")):
+        assert re.search(rf"^norm_f32_total +{target} ", report, re.MULTILINE)
+        assert (tmp_path / target / f"update_adamw_f32_f32.{end}").read_bytes()[:4] == b"\x7fELF"
+        source = (tmp_path / target / "update_adamw_f32_f32.py").read_text()
+        assert source == planned(3).kernels("triton")["update_adamw_f32_f32"]
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_kernels_says_that_triton_is_missing(
+    folder: Path, tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    args = ["--target", target, "-o", tmp_path / "none"]
+    said = refused("kernels", folder / "plan3.json", *args)
+    assert said.startswith(f"zerograph: {target} is compiled by Triton") and "pip install" in said
+    assert not (tmp_path / "none").exists()
+
+
+def test_kernels_compiles_no_code_of_others(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A saved plan is data; what is run to compile a kernel is what this version generates."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    saved = json.loads((folder / "plan3.json").read_text())
+    saved["kernels"]["norm_f32.py"] += "print('mine')\n"
+    (tmp_path / "changed.json").write_text(json.dumps(saved))
+    args = ["--target", "sm_90", "-o", tmp_path / "none"]
+    assert "norm_f32 is not what" in refused("kernels", tmp_path / "changed.json", *args)
+    saved["kernels"]["../out.py"] = ""
+    (tmp_path / "changed.json").write_text(json.dumps(saved))
+    assert "no kernel '../out'" in refused("kernels", tmp_path / "changed.json", *args[2:])
+
+
+def test_kernels_refuses_what_it_cannot_do(folder: Path, tmp_path: Path) -> None:
+    plan = folder / "plan3.json"
+    said = refused("kernels", plan, "--target", "sm_91", "-o", tmp_path / "none")
+    assert "no target 'sm_91'; did you mean 'sm_90'?" in said
+    assert "plan3.json" in refused("kernels", plan, "--target", "cpp", "-o", plan)
+    assert run("kernels", plan).exit_code == 2  # no --output
+    (tmp_path / "none.json").write_text("{}")
+    args = ["--config", tmp_path / "none.json", "-o", tmp_path / "none"]
+    assert "it has no optimizer" in refused("kernels", *BLOCKS, *args)
+    assert not (tmp_path / "none").exists()
 
 
 # doctor

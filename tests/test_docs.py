@@ -102,6 +102,6 @@ def test_the_page_shows_every_check_of_doctor() -> None:
 
 def test_the_page_names_every_command() -> None:
     commands = re.findall(r"^  (\w+)  ", ok("--help").partition("Commands:")[2], re.MULTILINE)
-    assert len(commands) == 6
+    assert len(commands) == 8
     for name in commands:
         assert f"`zerograph {name}" in PAGE.read_text()

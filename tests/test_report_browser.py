@@ -44,7 +44,7 @@ def test_each_tab_shows_itself_alone(tab: str) -> None:
         "timeline": "measured on rank 3",
         "memory": f"peak {size(document().memory.peak)}",
         "graph": "blocks.0 .. 1",
-        "kernels": "no generated kernels",
+        "kernels": "update_adamw_f32_f32.cpp",
     }
     assert said[tab] in seen.answer["text"]
 
@@ -267,6 +267,19 @@ def test_repeated_layers_unfold() -> None:
     assert answer["open"] == [["inlet", "blocks.0", "blocks.0", "blocks.1", "head", ""], "true"]
     target = visit(page(), "tab=graph&block=b2").dom
     assert re.search(r'class="block inner target"[^>]*data-block="blocks.1"', target)
+
+
+def test_kernels_are_shown_in_both_languages_or_said_to_be_missing() -> None:
+    script = (
+        'answer.titles = [...document.querySelectorAll("#sources h3")].map((h) => h.textContent);'
+    )
+    script += 'answer.text = $("sources").innerText;'
+    seen = visit(page(), "tab=kernels", script).answer
+    assert seen["titles"] == list(document().kernels)
+    assert {title.partition(".")[2] for title in seen["titles"]} == {"cpp", "py"}
+    assert "@triton.jit" in seen["text"] and 'extern "C"' in seen["text"]
+    without = render(document().model_copy(update={"kernels": {}}))
+    assert "no generated kernels" in visit(without, "tab=kernels", script).answer["text"]
 
 
 def test_the_peak_names_its_module_and_kernels_show_their_source() -> None:

@@ -1,6 +1,6 @@
 """Describe: a planned graph as a Document."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from zerograph import cost
 from zerograph.config import ZeroConfig
@@ -28,8 +28,9 @@ def describe(
     memory: cost.Memory,
     signature: Sequence[str],
     cluster: Cluster,
+    kernels: Mapping[str, str],
 ) -> Document:
-    """The document of a planned graph, with times on `cluster`."""
+    """The document of a planned graph, with times on `cluster`; `kernels` are sources by file name."""
     table = _Lines()
     passes = tuple(
         PassEntry(name=r.name, did=r.did, full=table(r.lines), skeleton=table(r.skeleton))
@@ -69,7 +70,7 @@ def describe(
         ),
         advisory=config.advisory(),
         signature=tuple(signature),
-        kernels={},
+        kernels=dict(kernels),
         passes=passes,
         nodes=tuple(_nodes(graph, memory, timeline)),
         lines=tuple(table.found),

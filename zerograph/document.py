@@ -124,7 +124,7 @@ class Document(Saved, Countable):
     advisory: tuple[str, ...]
     signature: tuple[str, ...]
     kernels: dict[str, str]
-    """Sources of the generated kernels that the plan uses, by name."""
+    """Sources of the generated kernels that the plan uses, by file name: C++ (.cpp) and Triton (.py)."""
     passes: tuple[PassEntry, ...]
     nodes: tuple[NodeEntry, ...]
     lines: tuple[Line, ...]

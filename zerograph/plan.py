@@ -4,6 +4,7 @@
     print(plan)                  canonical text
     plan.history["gather"]       the text after a pass
     plan.memory, plan.traffic    predicted, per rank
+    plan.kernels()               sources of the kernels that it runs, by name
     print(plan.diff(other))
 
 For the same model, inputs, config, world size and device it is byte for byte `engine.plan`.
@@ -21,6 +22,7 @@ from torch import nn
 from zerograph import pipeline
 from zerograph.changes import unified
 from zerograph.client import Client, Given, client_of
+from zerograph.codegen.of_plan import SOURCES, Used, files, kernels_of, target_for
 from zerograph.codegen.rules import RULES, Described, Kind
 from zerograph.config import ZeroConfig, load_config
 from zerograph.cost import (
@@ -38,7 +40,7 @@ from zerograph.cost import (
 from zerograph.countable import Countable
 from zerograph.describe import describe
 from zerograph.document import Document
-from zerograph.errors import PlanError
+from zerograph.errors import PlanError, suggestion
 from zerograph.ir import Region, TrainGraph, is_call
 from zerograph.layout import Layout, layout_of
 from zerograph.ops import COLLECTIVES
@@ -121,7 +123,27 @@ class Plan(Countable):
             self.memory,
             self.signature(),
             _cluster(cluster),
+            files(self._kernels),
         )
+
+    def kernels(self, target: str | None = None) -> dict[str, str]:
+        """The complete source of every kernel that the step launches, by the kernel's name.
+
+        `target` is "cpp" or "triton"; by default what runs on the device that is planned for. On a CPU
+        without a compiler, plain torch operations stand in for them.
+        """
+        if target is None:
+            target = target_for(self.graph)
+        if target not in SOURCES:
+            raise PlanError(
+                f"kernels are shown for no target {target!r}{suggestion(target, SOURCES)}"
+            )
+        return {used.spec.name: used.source(target) for used in self._kernels}
+
+    @cached_property
+    def _kernels(self) -> tuple[Used, ...]:
+        spec = self.optimizer
+        return kernels_of(self.graph, spec.rule if spec else None, spec.groups if spec else ())
 
     @cached_property
     def _described(self) -> Document:

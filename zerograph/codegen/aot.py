@@ -56,17 +56,22 @@ class Figures:
 
 
 def compile_all(
-    specs: Sequence[Spec], targets: Sequence[str] = tuple(TARGETS), folder: Path | None = None
+    specs: Sequence[Spec],
+    targets: Sequence[str] = tuple(TARGETS),
+    folder: Path | None = None,
+    sources: Mapping[str, str] | None = None,
 ) -> list[Figures]:
     """Compile every kernel of `specs` for every target; with `folder`, write what they became to it.
 
-    Raises KernelError where a compiler fails.
+    `sources` by name say what the kernels serve, else they are rendered here. Raises KernelError where a
+    compiler fails.
     """
+    sources = sources or {spec.name: render(spec, "triton") for spec in specs}
     found = []
     for target in targets:
         if target not in TARGETS:
             raise KernelError(f"no target {target!r}{suggestion(target, TARGETS)}")
-        jobs = [job for spec in specs for job in jobs_of(spec, target)]
+        jobs = [job for spec in specs for job in jobs_of(spec, target, sources[spec.name])]
         own = str(folder / target) if folder else None
         found += [_figures(target, made) for made in _run(target, jobs, own)]
     return found
@@ -106,8 +111,9 @@ def _pointer(dtype: torch.dtype) -> str:
     return _POINTERS[SHORT[dtype]]
 
 
-def jobs_of(spec: Spec, target: str) -> list[dict[str, Any]]:
+def jobs_of(spec: Spec, target: str, source: str) -> list[dict[str, Any]]:
     """The kernels of one file, as compile_triton.py takes them."""
+    shared = {"file": spec.name, "source": source}
     own = settings(spec.kind, target)
     made = [_job(spec, "", _signature(spec), _constants(spec, own), own)]
     total = settings("total", target)
@@ -117,7 +123,7 @@ def jobs_of(spec: Spec, target: str) -> list[dict[str, Any]]:
     if isinstance(spec, Update) and spec.phase == "measure":
         signature = {"bounds_ptr": "*i64", "sums_ptr": "*fp64", "totals_ptr": "*fp64"}
         made.append(_job(spec, "_total", signature, {"LANES": total.block}, total))
-    return made
+    return [job | shared for job in made]
 
 
 def _job(
@@ -126,7 +132,6 @@ def _job(
     whole = [name for name, kind in signature.items() if kind.startswith("*") or name == "size"]
     return {
         "function": spec.name + suffix,
-        "source": render(spec, "triton"),
         "signature": signature,
         "constants": constants,
         "divisible": whole,

@@ -49,20 +49,20 @@ def _compiled(job: dict[str, Any], target: list[Any], folder: str | None) -> dic
     made = triton.compile(source, target=GPUTarget(*target), options=options)
     figures = _cuda(made) if target[0] == "cuda" else _hip(made)
     if folder:
-        _write(made, Path(folder), job["function"], job["source"])
+        _write(made, Path(folder), job)
     shared = {"function": job["function"], "shared": made.metadata.shared}
     return {**shared, **figures, "triton": triton.__version__}
 
 
-def _write(made: Any, folder: Path, name: str, source: str) -> None:
+def _write(made: Any, folder: Path, job: dict[str, Any]) -> None:
     """The source, and what is loaded on the GPU with its assembly."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.py").write_text(source)
+    (folder / f"{job['file']}.py").write_text(job["source"])
     for kind in ("ptx", "cubin", "amdgcn", "hsaco"):
         if kind in made.asm:
             text = made.asm[kind]
             data = text if isinstance(text, bytes) else text.encode()
-            (folder / f"{name}.{kind}").write_bytes(data)
+            (folder / f"{job['function']}.{kind}").write_bytes(data)
 
 
 def _cuda(made: Any) -> dict[str, Any]:

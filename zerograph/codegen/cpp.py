@@ -100,10 +100,15 @@ def _fallback_cache() -> Path:
     return Path(tempfile.mkdtemp(prefix="zerograph-kernels-"))
 
 
+def place() -> Path:
+    """Where compiled kernels belong; it may be missing, or not ours to write."""
+    given = os.environ.get("ZEROGRAPH_CACHE")
+    return Path(given) if given else Path.home() / ".cache" / "zerograph" / "kernels"
+
+
 def folder() -> Path:
     """The folder of compiled kernels; one of this process alone where that cannot be written."""
-    given = os.environ.get("ZEROGRAPH_CACHE")
-    path = Path(given) if given else Path.home() / ".cache" / "zerograph" / "kernels"
+    path = place()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError:

@@ -93,7 +93,8 @@ def finish(
         call(native(spec), len(partials), partials, divided, limit, norm, control)
     else:
         given = tuple(t for t in (partials, divided, limit, norm, control) if t is not None)
-        gpu.launch(gpu.kernel(spec), (1,), 1, *given, len(partials))
+        warps = gpu.chosen("finish", partials.device).warps
+        gpu.launch(gpu.kernel(spec), (1,), warps, *given, len(partials))
     return norm, control
 
 

@@ -642,7 +642,9 @@ def update_without_norms(graph: TrainGraph) -> None:
     node.args = node.args[:9]
 
 
-@fault(3, "the update of b1 in the step takes measure.*, which is not summed over ranks", model="lamb")
+@fault(
+    3, "the update of b1 in the step takes measure.*, which is not summed over ranks", model="lamb"
+)
 def update_by_this_ranks_own_norms(graph: TrainGraph) -> None:
     set_arg(find(graph, ops.update, "b1"), 9, find(graph, ops.measure, "b1"))
 
@@ -652,7 +654,9 @@ def norms_of_other_rows(graph: TrainGraph) -> None:
     set_arg(find(graph, ops.sum_norms, "b1"), 2, 5)
 
 
-@fault(2, "the update of b2 in the step takes norms of measure.*, which is not its own", model="lamb")
+@fault(
+    2, "the update of b2 in the step takes norms of measure.*, which is not its own", model="lamb"
+)
 def norms_of_another_buckets_rows(graph: TrainGraph) -> None:
     first = find(graph, ops.sum_norms, "b1").args[2]
     set_arg(find(graph, ops.sum_norms, "b2"), 2, first)

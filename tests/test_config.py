@@ -470,11 +470,17 @@ def test_retired_keys_say_what_to_use(path: str) -> None:
         ),
         (
             {"optimizer": {"type": "Lamb", "params": {"eps_inside_sqrt": True}}},
-            "optimizer.params.eps_inside_sqrt=true: not built: eps is added to the square root",
+            (
+                "optimizer.params.eps_inside_sqrt=true: not built: eps is added to the square root; "
+                "set it to false or leave it out"
+            ),
         ),
         (
             {"optimizer": {"type": "lamb", "params": {"min_coeff": 11.0}}},
-            "min_coeff must be at most max_coeff, got min_coeff=11.0 and max_coeff=10.0",
+            (
+                "optimizer.params: the trust ratio is kept within min_coeff and max_coeff, so min_coeff must "
+                "be at most max_coeff, got min_coeff=11.0 and max_coeff=10.0"
+            ),
         ),
         (
             {"optimizer": {"type": "Lamb", "params": {"eps": 0.0}}},
@@ -482,7 +488,7 @@ def test_retired_keys_say_what_to_use(path: str) -> None:
         ),
         (
             {"optimizer": {"type": "Lamb", "params": {"max_grad_norm": 1.0}}},
-            "give gradient_clipping at the top level",
+            "optimizer.params.max_grad_norm: not a key (any more); give gradient_clipping at the top level",
         ),
         (
             {"optimizer": {"type": "Adamm"}},

@@ -1,4 +1,4 @@
-"""LAMB from the config to the step: numbers beside a float64 loop on whole parameters, graph, skips, states."""
+"""LAMB from the config to the step: numbers beside float64 on whole parameters, graph, skips, states."""
 
 import copy
 import itertools

@@ -247,6 +247,14 @@ KNOBS = (
         "lion",
     ),
     Knob(
+        "optimizer.type",
+        "A rule with norms of whole parameters: states are updated first, which gives sums of squares over "
+        "each rank's part of each parameter; one small gather exchanges them for all buckets.",
+        optimizer("AdamW"),
+        optimizer("Lamb"),
+        "lamb",
+    ),
+    Knob(
         "optimizer.params.adam_w_mode",
         "When it is false, weight decay acts on the gradient: the rule is adam, not adamw.",
         optimizer("Adam"),

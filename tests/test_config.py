@@ -174,7 +174,6 @@ def test_advising_rows_say_what_happens(path: str) -> None:
         ("tensor_parallel.autotp_size", 4),
         ("expert_parallel.enabled", True),
         ("optimizer.params.differentiable", True),
-        ("optimizer.params.bias_correction", False),
         ("scheduler.params.last_batch_iteration", 100),
         ("managed_gradient_accumulation", False),
     ],
@@ -459,15 +458,37 @@ def test_retired_keys_say_what_to_use(path: str) -> None:
         ),
         (
             {"optimizer": {}},
-            "optimizer.type: missing or not a string; give one of Adam, AdamW, SGD, Adagrad, Lion",
+            "optimizer.type: missing or not a string; give one of Adam, AdamW, SGD, Adagrad, Lion, Lamb",
         ),
         ({"optimizer": 3}, "optimizer: must be an object {...} with a type, got 3"),
         (
-            {"optimizer": {"type": "Lamb", "params": {"lr": 1}}},
+            {"optimizer": {"type": "Muon", "params": {"lr": 1}}},
             (
-                'optimizer.type="Lamb": not built: the types that are built are Adam, AdamW, SGD, '
-                "Adagrad, Lion; AdamW comes nearest"
+                'optimizer.type="Muon": not built: the types that are built are Adam, AdamW, SGD, '
+                "Adagrad, Lion, Lamb; AdamW comes nearest"
             ),
+        ),
+        (
+            {"optimizer": {"type": "Lamb", "params": {"eps_inside_sqrt": True}}},
+            (
+                "optimizer.params.eps_inside_sqrt=true: not built: eps is added to the square root; "
+                "set it to false or leave it out"
+            ),
+        ),
+        (
+            {"optimizer": {"type": "lamb", "params": {"min_coeff": 11.0}}},
+            (
+                "optimizer.params: the trust ratio is kept within min_coeff and max_coeff, so min_coeff must "
+                "be at most max_coeff, got min_coeff=11.0 and max_coeff=10.0"
+            ),
+        ),
+        (
+            {"optimizer": {"type": "Lamb", "params": {"eps": 0.0}}},
+            "optimizer.params.eps: must be above 0, got 0.0",
+        ),
+        (
+            {"optimizer": {"type": "Lamb", "params": {"max_grad_norm": 1.0}}},
+            "optimizer.params.max_grad_norm: not a key (any more); give gradient_clipping at the top level",
         ),
         (
             {"optimizer": {"type": "Adamm"}},

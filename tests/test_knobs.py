@@ -69,6 +69,7 @@ TRAINED = {
     "sgd": optimizer("SGD", momentum=0.9),
     "adagrad": optimizer("Adagrad"),
     "lion": optimizer("Lion"),
+    "lamb": optimizer("Lamb"),
 }
 SWITCHES = ("fp16", "bf16", "torch_autocast")
 """Sections whose other keys only matter when they are enabled."""

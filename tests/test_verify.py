@@ -633,10 +633,79 @@ def flags_of_this_rank_alone(graph: TrainGraph) -> None:
     everyone.replace_all_uses_with(graph.placeholder("used", "used"))
 
 
+# Norms of whole parameters
+
+
+@fault(3, "the update of b1 in the step takes no norms of whole parameters", model="lamb")
+def update_without_norms(graph: TrainGraph) -> None:
+    node = find(graph, ops.update, "b1")
+    node.args = node.args[:9]
+
+
+@fault(
+    3, "the update of b1 in the step takes measure.*, which is not summed over ranks", model="lamb"
+)
+def update_by_this_ranks_own_norms(graph: TrainGraph) -> None:
+    set_arg(find(graph, ops.update, "b1"), 9, find(graph, ops.measure, "b1"))
+
+
+@fault(2, "sum_norms.* of b1 sums other rows than one bucket's", model="lamb")
+def norms_of_other_rows(graph: TrainGraph) -> None:
+    set_arg(find(graph, ops.sum_norms, "b1"), 2, 5)
+
+
+@fault(
+    2, "the update of b2 in the step takes norms of measure.*, which is not its own", model="lamb"
+)
+def norms_of_another_buckets_rows(graph: TrainGraph) -> None:
+    first = find(graph, ops.sum_norms, "b1").args[2]
+    set_arg(find(graph, ops.sum_norms, "b2"), 2, first)
+
+
+@fault(0, "the update of b2 in the step .* b1", model="lamb")
+def norms_of_another_bucket(graph: TrainGraph) -> None:
+    set_arg(find(graph, ops.update, "b2"), 9, find(graph, ops.measure, "b1"))
+
+
+@fault(3, "sum_norms.* sums .*, which is not of all ranks", model="lamb")
+def norms_that_are_not_exchanged(graph: TrainGraph) -> None:
+    own = find(graph, ops.measure, "b1")
+    set_arg(find(graph, ops.sum_norms, "b1"), 0, own)
+
+
+@fault(1, "bucket b1 is measured 2 times, not 1", model="lamb")
+def measured_twice(graph: TrainGraph) -> None:
+    repeat(graph, find(graph, ops.measure, "b1"))
+
+
+@fault(2, "bucket b1 is measured 1 times, not 0")
+def measured_for_nothing(graph: TrainGraph) -> None:
+    update = find(graph, ops.update, "b1")
+    master, grad, state, _, hyper, used, control, *named = update.args
+    with graph.inserting(update, "step") as insert:
+        insert(ops.measure, master, grad, state, hyper, used, control, *named, 4)
+
+
+@fault(3, "the update of b1 in the step takes norms, which its rule does not have")
+def norms_for_a_rule_without(graph: TrainGraph) -> None:
+    update = find(graph, ops.update, "b1")
+    update.args = (*update.args, find(graph, ops.norm_partials))
+
+
+@fault(3, "the measure of b1 in the step takes another control than the update of b1", model="lamb")
+def measured_where_the_update_is_skipped(graph: TrainGraph) -> None:
+    set_arg(find(graph, ops.measure, "b1"), 5, None)
+
+
+@fault(1, "the gather_norms in the step is for 4 ranks, not 8", model="lamb")
+def norms_of_some_ranks(graph: TrainGraph) -> None:
+    set_arg(find(graph, ops.gather_norms), 1, 4)
+
+
 # The tests
 
 
-@pytest.mark.parametrize("model", ["blocks", "batch_norm", "partly", "half"])
+@pytest.mark.parametrize("model", ["blocks", "batch_norm", "partly", "half", "lamb"])
 @pytest.mark.parametrize("stage", range(4))
 def test_good_plan_passes(stage: int, model: str) -> None:
     graph, provided = good(stage, model=model)

@@ -108,8 +108,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "batch_norm": BatchNorm,
     "partly": Partly,
     "half": Blocks,
+    "lamb": Blocks,
 }
-GIVEN: dict[str, dict[str, Any]] = {"half": {"fp16": {"enabled": True}}}
+GIVEN: dict[str, dict[str, Any]] = {
+    "half": {"fp16": {"enabled": True}},
+    "lamb": {"optimizer": {"type": "Lamb"}},
+}
 """What the config of a model says beside `config(stage)`."""
 
 

@@ -19,7 +19,13 @@ them into collectives and kernels. `world` is a number of ranks; no operator kno
                     updates (the factor of gradients, and whether they apply)
     any_rank        start a maximum over ranks of the flags of parameters that received a gradient
     sum_weights     start a sum over ranks of the weights of the losses since the last step
-    update          the optimizer's rule on one bucket's shard, in place, as `control` says
+    measure         the first half of a rule that needs norms of whole parameters: updates the states of one
+                    bucket's shard in place, as `control` says; the result is, for each parameter of the
+                    bucket, sums of squares over the shard's part of it: of the parameter, of its change
+    gather_norms    start an all-gather of what `measure` gave for all buckets
+    sum_norms       of one bucket the sums over ranks, one order for all: those over whole parameters
+    update          the optimizer's rule on one bucket's shard, in place, as `control` says; of a rule with
+                    `measure` its second half, which takes the sums over whole parameters as `norms`
     refresh         start an all-gather of updated shards into the full bucket, in place
 """
 
@@ -125,8 +131,36 @@ def sum_weights(weight: Tensor, world: int) -> Tensor:
 
 
 @_define(
+    "measure(Tensor master, Tensor grad, Tensor[] state, Tensor hyper, Tensor used, Tensor? control, "
+    "str bucket, str rule, int params) -> Tensor"
+)
+def measure(
+    master: Tensor,
+    grad: Tensor,
+    state: list[Tensor],
+    hyper: Tensor,
+    used: Tensor,
+    control: Tensor | None,
+    bucket: str,
+    rule: str,
+    params: int,
+) -> Tensor:
+    return master.new_empty(params, 2, dtype=torch.float64)
+
+
+@_define("gather_norms(Tensor[] norms, int world) -> Tensor")
+def gather_norms(norms: list[Tensor], world: int) -> Tensor:
+    return norms[0].new_empty(world, sum(len(each) for each in norms), 2)
+
+
+@_define("sum_norms(Tensor gathered, str bucket, int first, int params) -> Tensor")
+def sum_norms(gathered: Tensor, bucket: str, first: int, params: int) -> Tensor:
+    return gathered.new_empty(params, 2)
+
+
+@_define(
     "update(Tensor master, Tensor grad, Tensor[] state, Tensor? low, Tensor hyper, Tensor used, "
-    "Tensor? control, str bucket, str rule) -> ()"
+    "Tensor? control, str bucket, str rule, Tensor? norms=None) -> ()"
 )
 def update(
     master: Tensor,
@@ -138,6 +172,7 @@ def update(
     control: Tensor | None,
     bucket: str,
     rule: str,
+    norms: Tensor | None = None,
 ) -> None:
     return None
 
@@ -154,11 +189,12 @@ COLLECTIVES = (
     gather_partials,
     any_rank,
     sum_weights,
+    gather_norms,
     refresh,
 )
 """Operators that communicate. Each is asynchronous: its result is pending until one `wait`."""
 
-EFFECTS = (*COLLECTIVES, wait, release, put, accumulate, update)
+EFFECTS = (*COLLECTIVES, wait, release, put, accumulate, measure, update)
 """Operators that dead-code elimination must keep even when nobody uses their result."""
 
 

@@ -76,6 +76,11 @@ class OptimizerSpec:
         return max((self.rule.states(group) for group in self.groups), key=len)
 
     @property
+    def measures(self) -> bool:
+        """Whether the rule needs norms of whole parameters."""
+        return isinstance(self.rule, Described) and self.rule.apply is not None
+
+    @property
     def label(self) -> str:
         """The rule and the options that change its code: sgd.momentum.nesterov."""
         if not isinstance(self.rule, Described):
@@ -322,6 +327,7 @@ def passes_for(
             average=average,
             max_norm=config.gradient_clipping,
             weighted=weighted,
+            measures=spec.measures if spec else False,
         ),
         Schedule(prefetch=zero.stage3_prefetch_bucket_size, max_live=max_live),
     ]

@@ -205,6 +205,8 @@ def _zero_name(node: fx.Node, names: _Names) -> str:
         return "%partial"
     if is_call(node, ops.gather_partials):
         return "%partials"
+    if is_call(node, ops.gather_norms):
+        return "%norms"
     if is_call(node, ops.any_rank):
         return "%used_anywhere"
     if is_call(node, ops.sum_weights):
@@ -215,6 +217,8 @@ def _zero_name(node: fx.Node, names: _Names) -> str:
         ops.reduce_scatter: ".mean",
         ops.all_reduce: ".mean",
         ops.accumulate: ".sum",
+        ops.measure: ".norms",
+        ops.sum_norms: ".totals",
         ops.refresh: ".full",
     }.get(cast(Any, node.target), "")
     return f"%{_bucket_of(node)}{suffix}"
@@ -256,6 +260,9 @@ def _zero_line(node: fx.Node, names: _Names) -> str:
         return f"{name}: {_type(node, names)} = {target} {args[1]}"
     if is_call(node, ops.update):
         return f"{target}.{args[8]} {_update_arguments(node, names)}"
+    if is_call(node, ops.measure):
+        shown = _measure_arguments(node, names)
+        return f"{name}: {_type(node, names)} = {target}.{args[7]} {shown}"
     if is_call(node, ops.finish):
         return f"{name}: {_type(node, names)} = {target} {_finish_arguments(node, names)}"
     shown = ", ".join(_value(a, names) for a in _shown(node))
@@ -281,12 +288,20 @@ def _finish_arguments(node: fx.Node, names: _Names) -> str:
     return ", ".join([*parts, *["skips"] * bool(skips)])
 
 
+def _measure_arguments(node: fx.Node, names: _Names) -> str:
+    *given, control = node.args[:6]
+    parts = [_value(each, names) for each in given]
+    parts += [f"control={_value(control, names)}"] if control is not None else []
+    return ", ".join(parts)
+
+
 def _update_arguments(node: fx.Node, names: _Names) -> str:
-    master, grad, state, low, hyper, used, control = node.args[:7]
+    master, grad, state, low, hyper, used, control, _, _, *norms = node.args
     parts = [_value(master, names), _value(grad, names), _value(state, names)]
     parts += [f"low={_value(low, names)}"] if low is not None else []
     parts += [_value(hyper, names), _value(used, names)]
     parts += [f"control={_value(control, names)}"] if control is not None else []
+    parts += [f"norms={_value(each, names)}" for each in norms]
     return ", ".join(parts)
 
 

@@ -1,4 +1,5 @@
-"""What a lowered program calls to keep gradients: buffers, copies into them, sums over micro-batches.
+"""What a lowered program calls to keep gradients (buffers, copies into them, sums over micro-batches) and
+to sum norms.
 
 Each function is the target of a node that `lower` emits, as are `norm_partials` and `finish` of dispatch.py,
 which are generated. Nothing here communicates.
@@ -35,3 +36,11 @@ def accumulate(kept: Tensor | None, grad: Tensor, weight: float, dtype: torch.dt
         return kept.add_(grad, alpha=weight)
     first = grad.to(dtype)
     return first.mul_(weight) if weight != 1.0 else first
+
+
+def sum_norms(gathered: Tensor, first: int, count: int) -> Tensor:
+    """The sums over ranks, float64 [count, 2], of rows `first` on of `gathered`, float64 [world, rows, 2].
+
+    Every rank adds the same numbers in the same order.
+    """
+    return gathered.narrow(1, first, count).sum(0)

@@ -82,15 +82,16 @@ def _adam_states(options: Options) -> tuple[str, ...]:
 
 def _adam_host(options: Options, step: int) -> dict[str, float]:
     beta1, beta2 = options["betas"]
+    unbiased = options.get("bias_correction", True)
     return {
         "keep": 1 - options["lr"] * options["weight_decay"],
         "weight_decay": options["weight_decay"],
         "weight": 1 - beta1,
         "beta2": beta2,
         "fresh": 1 - beta2,
-        "unbias": (1 - beta2**step) ** 0.5,
+        "unbias": (1 - beta2**step) ** 0.5 if unbiased else 1.0,
         "eps": options["eps"],
-        "rate": -options["lr"] / (1 - beta1**step),
+        "rate": -options["lr"] / (1 - beta1**step if unbiased else 1.0),
     }
 
 
@@ -125,6 +126,7 @@ _ADAM_DEFAULTS = {
     "betas": (0.9, 0.999),
     "eps": 1e-8,
     "weight_decay": 0.0,
+    "bias_correction": True,
     "amsgrad": False,
     "maximize": False,
 }
@@ -336,3 +338,8 @@ LAMB = Described(
 """The trust ratio of a parameter is |param| / |change| within [min_coeff, max_coeff], 1 where either is 0."""
 
 RULES = {rule.name: rule for rule in (ADAMW, ADAM, SGD, ADAGRAD, LION, LAMB)}
+
+
+def rule_of(label: str) -> Described | None:
+    """The rule that a plan names with its flags ("sgd|sgd.momentum"); None for a user's own class."""
+    return RULES.get(label.partition("|")[0].partition(".")[0])

@@ -1,16 +1,15 @@
 """What DeepSpeed knows beyond the config's keys: other types, retired keys, and what to use."""
 
-OPTIMIZER_TYPES = ("Adam", "AdamW", "SGD", "Adagrad", "Lion")
+OPTIMIZER_TYPES = ("Adam", "AdamW", "SGD", "Adagrad", "Lion", "Lamb")
 SCHEDULER_TYPES = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 
 # Known types that are not built, and what comes nearest to them.
 UNBUILT_TYPES = {
     "optimizer": {
-        "Lamb": "AdamW",
         "Muon": "AdamW",
         "OneBitAdam": "AdamW",
         "ZeroOneAdam": "AdamW",
-        "OneBitLamb": "AdamW",
+        "OneBitLamb": "Lamb",
         "MuAdam": "Adam",
         "MuAdamW": "AdamW",
         "MuSGD": "SGD",

@@ -1,8 +1,8 @@
 """The `optimizer` section: which update rule, and its parameters.
 
 `Adam` and `AdamW` are one section: as in DeepSpeed, `Adam` means decoupled weight decay (AdamW)
-unless `adam_w_mode` is false; ask `optimizer.decoupled`. `SGD` and `Adagrad` are torch's, `Lion` has
-DeepSpeed's defaults. The type is read in any case and kept in the spelling of CANONICAL.
+unless `adam_w_mode` is false; ask `optimizer.decoupled`. `SGD` and `Adagrad` are torch's, `Lion` and
+`Lamb` have DeepSpeed's defaults. The type is read in any case and kept in the spelling of CANONICAL.
 """
 
 from typing import Annotated, Literal
@@ -13,6 +13,7 @@ from zerograph.config.base import NotNegative, Number, Section
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]
+Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 CANONICAL = {
     "adam": "Adam",
@@ -20,6 +21,7 @@ CANONICAL = {
     "sgd": "SGD",
     "adagrad": "Adagrad",
     "lion": "Lion",
+    "lamb": "Lamb",
 }
 TORCH_ADAMW_WEIGHT_DECAY = 0.01
 
@@ -96,6 +98,32 @@ class LionParams(Section):
     fp32_optimizer_states: bool = True
 
 
+class LambParams(Section):
+    """LAMB's parameters, with the defaults of DeepSpeed's fused Lamb.
+
+    Moments are corrected before the norms are taken, as in arXiv:1904.00962 algorithm 2; DeepSpeed's
+    corrects the step after them. They agree where `bias_correction` is false.
+    """
+
+    lr: NotNegative = 1e-3
+    bias_correction: bool = True
+    betas: Betas = (0.9, 0.999)
+    eps: Above0 = 1e-8
+    eps_inside_sqrt: bool = False
+    weight_decay: NotNegative = 0.0
+    max_coeff: Above0 = 10.0
+    min_coeff: NotNegative = 0.01
+
+    @model_validator(mode="after")
+    def _bounds(self) -> "LambParams":
+        if self.min_coeff > self.max_coeff:
+            raise ValueError(
+                f"the trust ratio is kept within min_coeff and max_coeff, so min_coeff must be at most "
+                f"max_coeff, got min_coeff={self.min_coeff} and max_coeff={self.max_coeff}"
+            )
+        return self
+
+
 class AdamOptimizer(Section):
     """The `optimizer` section when its type is Adam or AdamW."""
 
@@ -154,6 +182,14 @@ class LionOptimizer(Section):
     legacy_fusion: bool = False
 
 
+class LambOptimizer(Section):
+    """The `optimizer` section when its type is Lamb."""
+
+    type: Annotated[Literal["Lamb"], BeforeValidator(_canonical)]
+    params: LambParams = LambParams()
+    legacy_fusion: bool = False
+
+
 def _tag(data: object) -> str | None:
     """Pick the class by type; an unknown type is its own tag, which pydantic then refuses."""
     kind = data.get("type") if isinstance(data, dict) else getattr(data, "type", None)
@@ -169,7 +205,8 @@ Optimizer = Annotated[
     Annotated[AdamOptimizer, Tag("adam")]
     | Annotated[SgdOptimizer, Tag("sgd")]
     | Annotated[AdagradOptimizer, Tag("adagrad")]
-    | Annotated[LionOptimizer, Tag("lion")],
+    | Annotated[LionOptimizer, Tag("lion")]
+    | Annotated[LambOptimizer, Tag("lamb")],
     Discriminator(_tag),
 ]
 OPTIMIZER_TAGS: dict[str, type[Section]] = {
@@ -177,4 +214,5 @@ OPTIMIZER_TAGS: dict[str, type[Section]] = {
     "sgd": SgdOptimizer,
     "adagrad": AdagradOptimizer,
     "lion": LionOptimizer,
+    "lamb": LambOptimizer,
 }

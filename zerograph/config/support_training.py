@@ -11,7 +11,8 @@ TRAINING_ROWS = (
     *built(
         under(
             "optimizer.params",
-            "lr betas eps weight_decay dampening lr_decay initial_accumulator_value",
+            "lr betas eps weight_decay dampening lr_decay initial_accumulator_value "
+            "bias_correction min_coeff max_coeff",
         ),
         _OPTION,
     ),
@@ -19,7 +20,7 @@ TRAINING_ROWS = (
         "optimizer.params.torch_adam",
         f"it gives weight_decay torch's default; that is {_OPTION}",
     ),
-    *refused("optimizer.params.bias_correction", "Adam corrects its bias", "leave it out", True),
+    *refused("optimizer.params.eps_inside_sqrt", "eps is added to the square root", OFF, False),
     *refused(
         "optimizer.params.differentiable",
         "the update is not recorded by autograd",

@@ -25,7 +25,7 @@ from zerograph.saved import Entry, Saved
 
 Kind = Literal["gather", "reduce_scatter", "all_reduce"]
 _KINDS: dict[str, Kind] = {
-    **dict.fromkeys(("gather", "refresh", "gather_partials"), "gather"),
+    **dict.fromkeys(("gather", "refresh", "gather_partials", "gather_norms"), "gather"),
     "reduce_scatter": "reduce_scatter",
     **dict.fromkeys(("all_reduce", "any_rank", "sum_weights"), "all_reduce"),
 }

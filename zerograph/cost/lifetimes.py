@@ -25,7 +25,7 @@ from typing import Any, cast
 from torch import Tensor, fx
 
 from zerograph import ops
-from zerograph.codegen.rules import RULES
+from zerograph.codegen.rules import rule_of
 from zerograph.compat import hint
 from zerograph.ir import (
     TrainGraph,
@@ -143,7 +143,7 @@ class Lifetimes:
         """The gradients that a user's class is given; a rule's kernel makes nothing."""
         master, grad = (cast(fx.Node, a).meta["val"] for a in node.args[:2])
         made = grad.dtype != master.dtype or node.args[6] is not None
-        is_rule = cast(str, node.args[8]).partition(".")[0] in RULES
+        is_rule = rule_of(cast(str, node.args[8])) is not None
         count = master.numel() * int(made and not is_rule)
         block = self.graph.layout.buckets[bucket_of(node)].block
         return Stored(block, "optimizer", count * master.dtype.itemsize, index, index)

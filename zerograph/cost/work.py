@@ -203,9 +203,19 @@ def _accumulate(node: fx.Node, given: Arguments) -> int:
 
 
 def _update(node: fx.Node, given: Arguments) -> int:
-    """Master and the rule's states are read and written, the gradient read, the copy written."""
+    """Master and the rule's states are read and written, the gradient read, the copy written.
+
+    After a `measure` the states are read alone, and the gradient is not.
+    """
+    if given.get("norms") is not None:
+        return _bytes(given["master"], given["master"], given["state"], given["low"])
     changed = _bytes(given["master"], given["state"])
     return 2 * changed + _bytes(given["grad"], given["low"])
+
+
+def _measure(node: fx.Node, given: Arguments) -> int:
+    """The rule's states are read and written, master and gradient read."""
+    return _bytes(given["master"], given["grad"]) + 2 * _bytes(given["state"])
 
 
 _TRAFFIC: dict[str, Callable[[fx.Node, Arguments], int]] = {
@@ -228,5 +238,6 @@ _TRAFFIC: dict[str, Callable[[fx.Node, Arguments], int]] = {
     "aten.copy": _copied,
     "zero.put": _put,
     "zero.accumulate": _accumulate,
+    "zero.measure": _measure,
     "zero.update": _update,
 }

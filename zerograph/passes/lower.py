@@ -246,6 +246,22 @@ def _finish(b: _Builder, node: fx.Node) -> fx.Node:
     return b.call(dispatch.finish, *b.args(node))
 
 
+def _measure(b: _Builder, node: fx.Node) -> fx.Node:
+    master, grad, state, hyper, used, control, bucket, _, _ = b.args(node)
+    return b.out.call_method("measure", (hyper, bucket, master, grad, state, used, control))
+
+
+def _gather_norms(b: _Builder, node: fx.Node) -> fx.Node:
+    norms, _ = b.args(node)
+    joined = b.call(torch.ops.aten.cat.default, norms)
+    return _gathered(b, b.call(torch.ops.aten.unsqueeze.default, joined, 0), node)
+
+
+def _sum_norms(b: _Builder, node: fx.Node) -> fx.Node:
+    gathered, _, first, params = b.args(node)
+    return b.call(kernels.sum_norms, gathered, first, params)
+
+
 def _any_rank(b: _Builder, node: fx.Node) -> fx.Node:
     flags, _ = b.args(node)
     return b.collective(c10d.all_reduce.default, flags, flags, "max", b.group)
@@ -258,8 +274,8 @@ def _sum_weights(b: _Builder, node: fx.Node) -> fx.Node:
 
 def _update(b: _Builder, node: fx.Node) -> fx.Node:
     """The `hyper` input carries the optimizer's groups, step counts and rule, and applies it."""
-    master, grad, state, low, hyper, used, control, bucket, _ = b.args(node)
-    args = (hyper, bucket, master, grad, state, low, used, control)
+    master, grad, state, low, hyper, used, control, bucket, _, *norms = b.args(node)
+    args = (hyper, bucket, master, grad, state, low, used, control, *norms)
     return b.out.call_method("update", args)
 
 
@@ -285,6 +301,9 @@ _HANDLERS: dict[Any, Handler] = {
     ops.norm_partials: _norm_partials,
     ops.gather_partials: _gather_partials,
     ops.finish: _finish,
+    ops.measure: _measure,
+    ops.gather_norms: _gather_norms,
+    ops.sum_norms: _sum_norms,
     ops.any_rank: _any_rank,
     ops.sum_weights: _sum_weights,
     ops.update: _update,

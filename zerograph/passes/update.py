@@ -23,6 +23,14 @@ What gradients were multiplied by is divided out of the norm and, with clipping,
       %0 = aten.reciprocal %scale                  # fp16; with weighted accumulation world / sum of weights
       %finish = zero.finish %parts, divided=%0, max_norm=1.0, skips   # fp16, bf16, weights: skips
 
+A rule that needs norms of whole parameters (LAMB) takes its states first, and one exchange:
+
+      %b0.norms = zero.measure %b0.shard, %b0.mean, .., control=%control   # sums of squares by parameter
+      %norms = zero.gather_norms [%b0.norms]       # all buckets at once; not at stage 0
+      zero.wait %norms
+      %b0.totals = zero.sum_norms %norms
+      zero.update %b0.shard, .., control=%control, norms=%b0.totals
+
 `control` has the factor, and whether updates apply: with `skips` they do not if the norm is not finite.
 The norm is the same on every rank, so all skip or none: a NaN or infinity anywhere is in everyone's norm.
 """
@@ -30,6 +38,7 @@ The norm is the same on every rank, so all skip or none: a NaN or infinity anywh
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, ClassVar, cast
 
 import torch
@@ -58,6 +67,8 @@ class Update:
     average: Average = MEAN
     weighted: bool = False
     """Whether losses carry weights, whose sum over micro-batches and ranks is divided out."""
+    measures: bool = False
+    """Whether the rule needs norms of whole parameters."""
 
     name: ClassVar[str] = "update"
     requires: ClassVar[frozenset[str]] = frozenset({"reduced"})
@@ -87,8 +98,7 @@ class _Step:
             norm, control = self._finish(insert, list(grads.values()))
             used = self._used(insert)
             hyper = self._hyper()
-            for bucket, grad in grads.items():
-                self._update(insert, bucket, grad, hyper, used, control)
+            self._updates(insert, grads, hyper, used, control)
             self._refresh(insert, list(grads))
         self.graph.set_outputs(step=[norm])
 
@@ -155,25 +165,46 @@ class _Step:
             value = torch.empty(shape, dtype=torch.float32, device=self._device)
         return self.graph.add_placeholder("hyper", "hyper", value)
 
-    def _update(
+    def _updates(
         self,
         insert: Inserter,
-        bucket: Bucket,
-        grad: fx.Node,
+        grads: Mapping[Bucket, fx.Node],
         hyper: fx.Node,
         used: fx.Node,
         control: fx.Node | None,
     ) -> None:
+        rule, slices = self.options.rule, {bucket: self._slices(bucket) for bucket in grads}
+        norms: dict[Bucket, fx.Node] = {}
+        if self.options.measures:
+            for bucket, (master, state, _) in slices.items():
+                given = master, grads[bucket], state, hyper, used, control, bucket.name, rule
+                norms[bucket] = insert(ops.measure, *given, len(bucket.params))
+            norms = self._totals(insert, norms)
+        for bucket, (master, state, low) in slices.items():
+            args = master, grads[bucket], state, low, hyper, used, control, bucket.name, rule
+            insert(ops.update, *args, *([norms[bucket]] if norms else []))
+
+    def _totals(self, insert: Inserter, own: dict[Bucket, fx.Node]) -> dict[Bucket, fx.Node]:
+        """Sums over all ranks' parts of each parameter. All ranks exchange, whatever parameters they used."""
+        if self.graph.stage == 0:
+            return own
+        gathered = insert(ops.wait, insert(ops.gather_norms, list(own.values()), self.graph.world))
+        firsts = accumulate((len(bucket.params) for bucket in own), initial=0)
+        return {
+            bucket: insert(ops.sum_norms, gathered, bucket.name, first, len(bucket.params))
+            for bucket, first in zip(own, firsts)
+        }
+
+    def _slices(self, bucket: Bucket) -> tuple[fx.Node, list[fx.Node], fx.Node | None]:
+        """(master, states, low-precision copy or None) that the optimizer writes."""
         own = self._own(bucket)
         master_dtype = self.graph.precision.master(bucket.dtype)
         numel = own.meta["val"].numel()
         master, low = own, None
         if bucket.dtype != master_dtype:
             master, low = self._state(bucket, "master", bucket.name, numel), own
-        names = self.options.states
-        state = [self._state(bucket, "state", f"{bucket.name}/{s}", numel) for s in names]
-        rule = self.options.rule
-        insert(ops.update, master, grad, state, low, hyper, used, control, bucket.name, rule)
+        names = [f"{bucket.name}/{state}" for state in self.options.states]
+        return master, [self._state(bucket, "state", name, numel) for name in names], low
 
     def _own(self, bucket: Bucket) -> fx.Node:
         """What the optimizer writes: all of the bucket at stage 0, else this rank's slice."""

@@ -15,6 +15,7 @@ COLLECTIVES: dict[str, Pair] = {
     "all_reduce": ("#bf3b3b", "#ee7a75"),
     "any_rank": ("#a8467f", "#de82b6"),
     "sum_weights": ("#6c7a12", "#b3c04d"),
+    "gather_norms": ("#54708c", "#8fb0cf"),
 }
 MEMORY: dict[str, Pair] = {
     "parameters": ("#4c5a70", "#8393ad"),

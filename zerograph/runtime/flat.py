@@ -112,6 +112,7 @@ class FlatOptimizer(ShardedOptimizer):
         low: Tensor | None,
         used: Tensor,
         control: Tensor | None,
+        norms: Tensor | None = None,
     ) -> None:
         """The target of `zero.update`: one step of the class on the bucket's pieces.
 

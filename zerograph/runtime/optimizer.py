@@ -14,11 +14,12 @@ from torch import Tensor
 
 from zerograph import compat
 from zerograph.client import Client
-from zerograph.codegen.dispatch import update
+from zerograph.codegen.dispatch import apply, measure, update
 from zerograph.codegen.rules import Described, Kind, Run
 from zerograph.errors import PlanError
 from zerograph.layout import Layout, Param
 from zerograph.probe import REFUSED
+from zerograph.runtime.norms import by_parameter, by_run
 from zerograph.runtime.state import State
 
 
@@ -201,22 +202,24 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def runs(self, bucket: str, used: Sequence[int]) -> list[Run]:
         """This rank's slice of a bucket as runs of one group and step count, unused ones left out."""
+        runs: list[Run] = []
+        for run in self._apart(bucket, used).values():
+            last = runs[-1] if runs else None
+            if last and (last.stop, last.group, last.step) == (run.start, run.group, run.step):
+                run = Run(runs.pop().start, run.stop, run.group, run.step)
+            runs.append(run)
+        return runs
+
+    def _apart(self, bucket: str, used: Sequence[int]) -> dict[int, Run]:
+        """The run of each used parameter with elements here, by its place among the bucket's."""
         size = self._state.storages[bucket].shard.numel()
         begin = size * self._state.world.rank if self._state.stage else 0
-        runs: list[Run] = []
-        for param, start, stop in self._layout.extents(bucket):
+        runs: dict[int, Run] = {}
+        for place, (param, start, stop) in enumerate(self._layout.extents(bucket)):
             index = self._index[param.name]
             low, high = max(start, begin) - begin, min(stop, begin + size) - begin
-            if not used[index] or low >= high:
-                continue
-            run = Run(low, high, param.group, self._steps[index])
-            if runs and (runs[-1].stop, runs[-1].group, runs[-1].step) == (
-                low,
-                run.group,
-                run.step,
-            ):
-                run = Run(runs.pop().start, high, run.group, run.step)
-            runs.append(run)
+            if used[index] and low < high:
+                runs[place] = Run(low, high, param.group, self._steps[index])
         return runs
 
     def update(
@@ -228,20 +231,59 @@ class ShardedOptimizer(torch.optim.Optimizer):
         low: Tensor | None,
         used: Tensor,
         control: Tensor | None,
+        norms: Tensor | None = None,
     ) -> None:
         """The target of `zero.update`: apply the rule to one bucket's slice, in place.
 
         `control` fp32 [2] says what gradients are multiplied by and whether anything is applied; step
-        counts advance in any case, until `undo`.
+        counts advance in any case, until `undo`. `norms`, float64 [parameters of the bucket, 2], are the
+        sums over whole parameters of what `measure`, called before, gave.
         """
-        self._stepped()
+        rule, flags = self._described, used.tolist()
+        named = self._named(bucket, states)
+        if norms is None:
+            self._advance(bucket, flags)
+            runs = self.runs(bucket, flags)
+            update(rule, self._options(), runs, master, grad, named, low, control)
+            return
+        apart = self._apart(bucket, flags)
+        own = by_run(norms, tuple(apart))
+        apply(rule, self._options(), list(apart.values()), master, named, low, control, own)
+
+    def measure(
+        self,
+        bucket: str,
+        master: Tensor,
+        grad: Tensor,
+        states: Sequence[Tensor],
+        used: Tensor,
+        control: Tensor | None,
+    ) -> Tensor:
+        """The target of `zero.measure`: update the states of one bucket's slice, in place.
+
+        Answers float64 [parameters of the bucket, 2], sums of squares over this rank's part of each: of
+        the parameter and of its change; 0 where it has none of it, or where it is unused.
+        """
         flags = used.tolist()
+        self._advance(bucket, flags)
+        apart = self._apart(bucket, flags)
+        given = list(apart.values()), master, grad, self._named(bucket, states), control
+        sums = measure(self._described, self._options(), *given)
+        return by_parameter(sums, tuple(apart), len(self._layout.bucket_params(bucket)))
+
+    @property
+    def _described(self) -> Described:
+        assert isinstance(self._rule, Described)
+        return self._rule
+
+    def _named(self, bucket: str, states: Sequence[Tensor]) -> dict[str, Tensor]:
+        return dict(zip(self._state.storages[bucket].states, states, strict=True))
+
+    def _advance(self, bucket: str, flags: Sequence[int]) -> None:
+        """Count a step of the bucket's used parameters."""
+        self._stepped()
         for param in self._layout.bucket_params(bucket):
             self._steps[self._index[param.name]] += bool(flags[self._index[param.name]])
-        runs = self.runs(bucket, flags)
-        assert isinstance(self._rule, Described)
-        named = dict(zip(self._state.storages[bucket].states, states, strict=True))
-        update(self._rule, self._options(), runs, master, grad, named, low, control)
 
     def _stepped(self) -> None:
         compat.mark_stepped(self)
@@ -250,8 +292,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _options(self) -> list[dict[str, Any]]:
         """Each group's options as they are now, as numbers."""
-        named = self._rule.defaults
-        made = [{k: _plain(group[k]) for k in named} for group in self.param_groups]
+        named = self._rule.defaults  # groups of torch's classes lack what torch does not have
+        made = [
+            {name: _plain(group.get(name, default)) for name, default in named.items()}
+            for group in self.param_groups
+        ]
         for index, options in enumerate(made):
             late = [name for name in self._rule.states(options) if name not in self._states]
             if late:

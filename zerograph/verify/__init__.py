@@ -6,7 +6,7 @@ about has been provided. A VerifyError says which invariant, at which node, and 
 
 from zerograph.errors import VerifyError
 from zerograph.ir import TrainGraph
-from zerograph.verify import collectives, gradients, step, values
+from zerograph.verify import collectives, gradients, norms, step, values
 from zerograph.verify.common import Check
 
 
@@ -39,6 +39,8 @@ CHECKS: tuple[tuple[frozenset[str], Check], ...] = (
     (_HAS({"updated"}), step.updated_once),
     (_HAS({"updated"}), step.updates_agree),
     (_HAS({"updated"}), step.norm_covers_all),
+    (_HAS({"updated"}), norms.measured_once),
+    (_HAS({"updated"}), norms.norms_are_whole),
     (_HAS({"scheduled"}), collectives.bound_holds),
 )
 """What must have been provided, and the check that then holds. The order is that of the passes."""

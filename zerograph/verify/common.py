@@ -22,6 +22,8 @@ _BUCKET_ARGUMENT = {
     ops.all_reduce: 1,
     ops.accumulate: 2,
     ops.refresh: 2,
+    ops.measure: 6,
+    ops.sum_norms: 1,
     ops.update: 7,
 }
 

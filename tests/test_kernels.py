@@ -282,7 +282,8 @@ def torchs(problem: Problem, dtype: torch.dtype) -> Slice:
     """What torch.optim makes of it, unfused."""
     case = problem.case
     param = torch.nn.Parameter(problem.first.to(dtype, copy=True))
-    optimizer = getattr(torch.optim, case.optimizer)([param], foreach=False, **case.full)
+    options = {k: v for k, v in case.full.items() if k != "bias_correction"}  # not one of torch's
+    optimizer = getattr(torch.optim, case.optimizer)([param], foreach=False, **options)
     for grad in problem.grads:
         param.grad = grad.to(dtype) * problem.factor
         optimizer.step()

@@ -13,6 +13,8 @@ import struct
 import time
 from math import ceil
 
+from zerograph.collectives import CHUNK
+
 TCP_INFO, ACKED_AT = 11, 120
 RECORDS = 3 * 48
 SEGMENT = 1 << 20
@@ -45,7 +47,7 @@ def _of_descriptor(descriptor: int) -> int:
 
 
 def messages(rounds: int, nbytes: int, itemsize: int, world: int) -> int:
-    """Messages of all ranks together.
+    """Messages of all ranks together, of a collective in gloo's ring.
 
     A gather sends every rank's part round its ring once, in two halves; an all-reduce sends segments round it
     twice, and none that is empty.
@@ -56,3 +58,8 @@ def messages(rounds: int, nbytes: int, itemsize: int, world: int) -> int:
     segments = ceil(segments / world) * world
     segment = ceil(nbytes / segments / itemsize) * itemsize
     return 2 * (world - 1) * ceil(nbytes / segment)
+
+
+def direct_messages(nbytes: int, world: int) -> int:
+    """Messages of all ranks together, of a collective on a channel of zerograph's."""
+    return world * (world - 1) * ceil(nbytes / world / CHUNK)

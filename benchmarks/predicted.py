@@ -141,9 +141,13 @@ def expected(plan: zerograph.Plan, cluster: Cluster) -> tuple[float, int]:
         if is_call(node, *ops.COLLECTIVES):
             kind, nbytes = name_of(node), collective_bytes(node)
             total += cluster.bytes_per_link(kind, nbytes, world)
-            rounds = cluster.hops(kind, world) // (world - 1)
-            itemsize = node.meta["val"].dtype.itemsize
-            records += payload.RECORDS * payload.messages(rounds, nbytes, itemsize, world)
+            if cluster.is_direct(kind):
+                messages = payload.direct_messages(nbytes, world)
+            else:
+                rounds = cluster.hops(kind, world) // (world - 1)
+                itemsize = node.meta["val"].dtype.itemsize
+                messages = payload.messages(rounds, nbytes, itemsize, world)
+            records += payload.RECORDS * messages
     return total, records
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT = 240.0
+COLLECTIVES = 120.0
+"""Seconds that one collective may take."""
 
 # What the server imports once, before any rank is forked from it: it only imports, so it has no
 # threads and no process group that a fork could break.
@@ -33,14 +35,31 @@ def run_ranks(
     `function` must be importable (a module-level function); what it returns must pickle. Ranks have the
     caller's ZEROGRAPH_ variables.
     """
+    outcomes = outcomes_of(world, function, *args, timeout=timeout)
+    failures = [f"rank {r}:\n{text}" for r, (kind, text) in enumerate(outcomes) if kind != "value"]
+    if failures:
+        raise RankError("\n".join(failures))
+    return [value for _, value in outcomes]
+
+
+def outcomes_of(
+    world: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = TIMEOUT,
+    collectives: float = COLLECTIVES,
+) -> list[tuple[str, Any]]:
+    """What became of each rank: ("value", what it returned), ("error", traceback) or ("timeout", "").
+
+    A collective may take `collectives` seconds.
+    """
     settings = {name: os.environ[name] for name in os.environ if name.startswith("ZEROGRAPH_")}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
+        given = (folder, collectives, settings, function, args)
         processes = [
-            context.Process(
-                target=_rank, args=(rank, world, folder, settings, function, args), daemon=True
-            )
+            context.Process(target=_rank, args=(rank, world, *given), daemon=True)
             for rank in range(world)
         ]
         for process in processes:
@@ -52,11 +71,7 @@ def run_ranks(
                 if process.is_alive():
                     process.kill()
                 process.join()
-        outcomes = [_read(Path(folder) / f"{rank}.pickle") for rank in range(world)]
-    failures = [f"rank {r}:\n{text}" for r, (kind, text) in enumerate(outcomes) if kind != "value"]
-    if failures:
-        raise RankError("\n".join(failures))
-    return [value for _, value in outcomes]
+        return [_read(Path(folder) / f"{rank}.pickle") for rank in range(world)]
 
 
 def _join(processes: list[Any], deadline: float) -> None:
@@ -79,6 +94,7 @@ def _rank(
     rank: int,
     world: int,
     folder: str,
+    seconds: float,
     settings: dict[str, str],
     function: Callable[..., Any],
     args: tuple[Any, ...],
@@ -94,10 +110,11 @@ def _rank(
     try:
         store = dist.FileStore(f"{folder}/store", world)
         dist.init_process_group(
-            "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=120)
+            "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=seconds)
         )
         answer = ("value", function(rank, world, *args))
-        dist.barrier()
+        if seconds == COLLECTIVES:
+            dist.barrier()  # otherwise a rank is meant to be lost
     except BaseException:
         answer = ("error", traceback.format_exc())
     part = Path(folder) / f"{rank}.part"

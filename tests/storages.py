@@ -1,8 +1,7 @@
 """Bytes of real storages: what a run holds at each operator, told from the tensors themselves.
 
 Storages are followed from the operator that makes them until they are freed. What an operator uses
-inside, and frees before it returns, is not seen. What a reduce-scatter sends is held here until its
-wait: NCCL holds it so, and gloo a copy of it, made inside, which would not be seen.
+inside, and frees before it returns, is not seen.
 """
 
 import time
@@ -19,7 +18,6 @@ BOUND = 0.05
 """How far a planned peak may be from a measured one, of the latter. Seen: under 0.01 on an idle machine."""
 SETTLE = 0.005
 """Seconds after a collective's wait in which gloo's thread lets go of the tensors that it holds."""
-c10d = torch.ops._c10d_functional
 
 
 class Storages(TorchDispatchMode):
@@ -31,7 +29,6 @@ class Storages(TorchDispatchMode):
         self.peak = 0
         """Most bytes alive at the end of an operator, whose inputs are alive as well."""
         self._seen: dict[int, Any] = {}
-        self._sent: dict[int, Tensor] = {}
         for tensor in held:
             self.see(tensor)
 
@@ -55,11 +52,8 @@ class Storages(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self.see(leaf)
         self.peak = max(self.peak, self.alive)
-        if func is c10d.reduce_scatter_tensor.default:
-            self._sent[result.untyped_storage()._cdata] = args[0]
-        elif func is c10d.wait_tensor.default:
+        if func is torch.ops._c10d_functional.wait_tensor.default:
             time.sleep(SETTLE)
-            self._sent.pop(result.untyped_storage()._cdata, None)
         return result
 
 

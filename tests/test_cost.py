@@ -240,6 +240,17 @@ def ring_of_messages(world: int, rounds: int, chunk: float, link: Link) -> float
     return max(ready)
 
 
+def messages_to_all(world: int, part: float, link: Link) -> float:
+    """Each rank sends a part to the next rank, then to the one behind it, as fast as its link sends."""
+    arrives = [0.0] * world
+    for rank in range(world):
+        for step in range(1, world):
+            receiver = (rank + step) % world
+            moment = step * part / link.bandwidth + link.latency
+            arrives[receiver] = max(arrives[receiver], moment)
+    return max(arrives)
+
+
 def doubling_of_messages(world: int, chunk: float, link: Link) -> float:
     """A gather in which ranks at distance 1, 2, 4, ... exchange all that they have."""
     have, ready, distance = [1] * world, [0.0] * world, 1
@@ -266,8 +277,11 @@ def test_a_ring_costs_what_its_messages_cost(world: int, nbytes: int, kind: str)
     simulated = ring_of_messages(world, rounds, nbytes / world, cluster.inter)
     assert cluster._ring(kind, nbytes, world) == pytest.approx(simulated)  # type: ignore[arg-type]
     gloo = cluster.model_copy(update={"backend": "gloo"})
-    again = ring_of_messages(world, 1 if kind == "gather" else 2, nbytes / world, cluster.inter)
-    assert gloo.collective(kind, nbytes, world) == pytest.approx(again)
+    if kind == "all_reduce":
+        assert gloo.collective(kind, nbytes, world) == pytest.approx(simulated)
+    else:
+        direct = messages_to_all(world, nbytes / world, cluster.inter)
+        assert gloo.collective(kind, nbytes, world) == pytest.approx(direct)
 
 
 @given(depth=st.integers(1, 5), nbytes=sizes, kind=st.sampled_from(KINDS[:2]))
@@ -350,13 +364,21 @@ def test_a_ring_over_nodes_has_the_networks_of_all_its_ranks() -> None:
     assert slow.collective("gather", n, 16) == pytest.approx(n * 15 / 16 / 80e9, rel=1e-3)
 
 
-def test_gloo_reduce_scatters_by_an_all_reduce_of_a_copy() -> None:
-    assert CPU.bytes_per_link("gather", 400, 4) == 300
-    assert CPU.bytes_per_link("reduce_scatter", 400, 4) == 600
+def test_on_gloo_buckets_go_point_to_point() -> None:
+    """Four ranks: each sends a quarter to each other rank, copies its own, and sums four in place."""
+    for kind in ("gather", "refresh", "reduce_scatter"):
+        assert CPU.bytes_per_link(kind, 400, 4) == 300
+        assert CPU.hops(kind, 4) == 1
     assert CPU.bytes_per_link("all_reduce", 400, 4) == 600
-    assert CLUSTERS["h100"].bytes_per_link("reduce_scatter", 400, 4) == 300
-    assert CPU.copied("reduce_scatter", 400, 4) == 800
-    assert CPU.copied("reduce_scatter", 400, 1) == CPU.copied("gather", 400, 4) == 0
+    assert CPU.hops("gather_partials", 4) == 3, "small messages go round gloo's ring"
+    assert CPU.hops("all_reduce", 4) == 6
+    assert CPU.copied("gather", 400, 4) == 200
+    assert CPU.summed("reduce_scatter", 400, 4) == 700
+    nccl = CLUSTERS["h100"]
+    for touched in (CPU.copied, CPU.summed):
+        assert touched("all_reduce", 400, 4) == touched("gather", 400, 1) == 0
+    for kind in ("gather", "reduce_scatter"):
+        assert nccl.copied(kind, 400, 4) == nccl.summed(kind, 400, 4) == 0
 
 
 @pytest.mark.parametrize("name", sorted(CLUSTERS))

@@ -3,18 +3,21 @@
 import gc
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import zerograph
 from tests.models import batch_for, loss_of, make
 from tests.oracle import config_for, differing
 from tests.ranks import RankError, run_ranks
+from zerograph.collectives import Channel
 from zerograph.errors import AgreementError, PlanError
 
 BF16 = {"bf16": {"enabled": True}}
@@ -70,7 +73,7 @@ def test_bytes_held_are_zeros_formula(precision: dict[str, Any]) -> None:
 
 
 class _Gathers(TorchDispatchMode):
-    """Counts elements of all-gather outputs that are alive."""
+    """Counts elements of gathered buckets that are alive, and notes copies made of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,12 +84,25 @@ class _Gathers(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func._schema.name
-        if name == "_c10d_functional::all_gather_into_tensor_out" and out.dtype != torch.float64:
-            storage = out.untyped_storage()
-            self._born(storage, out.numel())
-        elif "c10d" not in name and isinstance(out, torch.Tensor):
+        if isinstance(out, torch.Tensor):
             self._look(name, args, out)
         return out
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within the block every gather of a channel is seen."""
+        gather = Channel.gather
+
+        def seen(channel: Channel, shard: Tensor, full: Tensor, bucket: str) -> Any:
+            self._born(full.untyped_storage(), full.numel())
+            return gather(channel, shard, full, bucket)
+
+        Channel.gather = seen  # type: ignore[method-assign]
+        try:
+            with self:
+                yield
+        finally:
+            Channel.gather = gather  # type: ignore[method-assign]
 
     def _born(self, storage: Any, numel: int) -> None:
         self.alive += numel
@@ -101,7 +117,8 @@ class _Gathers(TorchDispatchMode):
 
     def _look(self, name: str, args: Any, out: torch.Tensor) -> None:
         copying = name in ("aten::clone", "aten::copy_", "aten::_to_copy", "aten::cat")
-        sources = [a for a in args if isinstance(a, torch.Tensor)]
+        read = args[1:] if name == "aten::copy_" else args
+        sources = [a for a in read if isinstance(a, torch.Tensor)]
         if copying and any(s.untyped_storage().data_ptr() in self.storages for s in sources):
             self.copies.append(name)
 
@@ -115,7 +132,8 @@ def _gathered_peak(rank: int, world: int, prefetch: int) -> dict[str, Any]:
     reports = []
     for _ in range(3):
         gc.collect()
-        with _Gathers() as watch:
+        watch = _Gathers()
+        with watch.watching():
             loss = loss_of(engine(**batch))
             between = watch.alive
             engine.backward(loss)

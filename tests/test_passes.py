@@ -27,16 +27,19 @@ from zerograph.passes import (
     Specialize,
     Update,
 )
-from zerograph.passes.lower import Program
+from zerograph.passes.lower import Program, starts_collective, waits_for_collective
 from zerograph.plan import Plan
 from zerograph.text import text
 from zerograph.trace import Trace
 
 aten = torch.ops.aten
-COLLECTIVES = (
-    *("all_reduce", "all_reduce_", "reduce_scatter_tensor"),
-    "all_gather_into_tensor_out",
-)
+
+
+def c10d(name: str) -> str:
+    return f"_c10d_functional.{name}.default"
+
+
+GATHERED, REDUCED = [c10d("all_gather_into_tensor_out")] * 3, [c10d("reduce_scatter_tensor")] * 3
 ADAM = Update(rule="adamw", states=("exp_avg", "exp_avg_sq"), scalars=5)
 
 
@@ -667,17 +670,23 @@ def test_a_program_empties_the_list_of_its_inputs() -> None:
     assert torch.equal(loss, model(**tiny.batch()))
 
 
-@pytest.mark.parametrize("region", ["forward", "backward"])
-def test_no_copy_out_of_a_gathered_bucket(region: Any) -> None:
-    plan = tiny.planned(tiny.trace_of("blocks", 8), 3)
+@pytest.mark.parametrize("region, buckets", [("forward", "0123"), ("backward", "321")])
+@pytest.mark.parametrize("algorithm", ["point-to-point", "native"])
+def test_no_copy_out_of_a_gathered_bucket(algorithm: Any, region: Any, buckets: str) -> None:
+    plan = tiny.planned(tiny.trace_of("blocks", 8), 3, algorithm)
     nodes = list(plan.program(region).module.graph.nodes)
-    functional = torch.ops._c10d_functional
-    gathers = [n for n in nodes if n.target is functional.all_gather_into_tensor_out.default]
-    assert [g.args[1:] for g in gathers] == [(8, "dp")] * (4 if region == "forward" else 3)
+    gathers = [n for n in nodes if starts_collective(n) and "gather" in str(n.target)]
+    if algorithm == "native":
+        assert [str(n.target) for n in gathers] == [c10d("all_gather_into_tensor_out")] * len(
+            buckets
+        )
+        assert {n.args[1:] for n in gathers} == {(8, "dp")}
+    else:
+        assert [(n.target, n.args[3]) for n in gathers] == [("gather", f"b{b}") for b in buckets]
     views = []
     for gather in gathers:
         (wait,) = gather.users
-        assert wait.target is functional.wait_tensor.default
+        assert waits_for_collective(wait)
         assert {user.target for user in wait.users} == {aten.as_strided.default}
         views += list(wait.users)
     assert len(views) == len(calls(plan.graph, ops.param, region))
@@ -686,22 +695,33 @@ def test_no_copy_out_of_a_gathered_bucket(region: Any) -> None:
     assert not [user for view in views for user in view.users if user.target in copies]
 
 
+SMALL = [c10d("all_gather_into_tensor_out")]
+"""The norm's partial sums go as the backend does it, with either algorithm."""
+
+
 @pytest.mark.parametrize(
-    "stage, region, expected",
+    "stage, region, native, channel",
     [
-        (0, "backward", []),
-        (0, "step", ["all_reduce_"] * 3),
-        (1, "step", ["reduce_scatter_tensor"] * 3 + ["all_gather_into_tensor_out"]),
-        (2, "backward", ["reduce_scatter_tensor"] * 3),
-        (3, "step", ["all_gather_into_tensor_out"]),
+        (0, "backward", [], []),
+        (0, "step", [c10d("all_reduce_")] * 3, [c10d("all_reduce_")] * 3),
+        (1, "step", REDUCED + SMALL + GATHERED, ["reduce_scatter"] * 3 + SMALL + ["gather"] * 3),
+        (2, "backward", REDUCED, ["reduce_scatter"] * 3),
+        (3, "step", SMALL, SMALL),
     ],
 )
-def test_collectives_of_each_stage(stage: int, region: Any, expected: list[str]) -> None:
-    plan = tiny.planned(tiny.trace_of("blocks", 8), stage)
-    names = [str(n.target).split(".")[1:3] for n in plan.program(region).module.graph.nodes]
-    found = [name[0] for name in names if len(name) == 2 and name[0] in COLLECTIVES]
-    refreshes = ["all_gather_into_tensor_out"] * 3 if (stage, region) == (1, "step") else []
-    assert found == expected + refreshes
+def test_collectives_of_each_stage(
+    stage: int, region: Any, native: list[str], channel: list[str]
+) -> None:
+    trace = tiny.trace_of("blocks", 8)
+    for algorithm, expected in (("native", native), ("point-to-point", channel)):
+        program = tiny.planned(trace, stage, algorithm).program(region)
+        starts = [n for n in program.module.graph.nodes if starts_collective(n)]
+        assert [str(n.target) for n in starts] == expected
+        waits = [n for n in program.module.graph.nodes if waits_for_collective(n)]
+        assert {n.args[0] for n in waits} == set(starts)
+        channels = [role.name for role in program.inputs if role.kind == "channel"]
+        kinds = {"gather": "gathers", "reduce_scatter": "reductions"}
+        assert channels == [kinds[k] for k in kinds if k in expected]
 
 
 def test_only_padding_of_a_gradient_buffer_is_zeroed() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zerograph.collectives import Algorithm
 from zerograph.config import load_config
 from zerograph.layout import layout_of
 from zerograph.plan import Plan, call_of, plan_of
@@ -155,5 +156,5 @@ def trace_of(name: str, world: int = 8) -> Trace:
     return traced(MODELS[name](), inputs, world, config(0, **GIVEN.get(name, {})))
 
 
-def planned(trace: Trace, stage: int, **more: Any) -> Plan:
-    return plan_of(trace, load_config(config(stage, **more)))
+def planned(trace: Trace, stage: int, algorithm: Algorithm = "point-to-point", **more: Any) -> Plan:
+    return plan_of(trace, load_config(config(stage, **more)), algorithm=algorithm)

@@ -350,7 +350,9 @@ class Engine:
         )
 
         def make_plan(arriving: tuple[str, ...] | None = None) -> Plan:
-            made = plan_of(traced, self.config, arriving, self._client)
+            made = plan_of(
+                traced, self.config, arriving, self._client, algorithm=self.world.algorithm
+            )
             kind = "a training step" if made.graph.training else "a forward"
             self._agreement.agree(f"{kind} of {made.graph.model}", made.signature())
             self._plan = made

@@ -32,6 +32,10 @@ class AgreementError(ZerographError):
     """Raised when ranks hold different plans, before any of them waits for another in vain."""
 
 
+class CommunicationError(ZerographError, RuntimeError):
+    """Raised when a collective fails or does not end in time: another rank died or stands still."""
+
+
 class LossScaleError(ZerographError):
     """Raised when gradients overflow at the least loss scale, so that training cannot go on."""
 

@@ -102,6 +102,13 @@ class TrainGraph:
     def world(self) -> int:
         return self.layout.world
 
+    @property
+    def device(self) -> torch.device:
+        """Where the step is planned to run."""
+        values = (node.meta["val"] for node in self.placeholders())
+        found = {value.device for value in values if isinstance(value, torch.Tensor)}
+        return next((each for each in found if each.type != "cpu"), torch.device("cpu"))
+
     def copy(self) -> "TrainGraph":
         """An independent graph with the same tables."""
         graph = fx.Graph()

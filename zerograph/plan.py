@@ -24,6 +24,7 @@ from zerograph.changes import unified
 from zerograph.client import Client, Given, client_of
 from zerograph.codegen.of_plan import SOURCES, Used, files, kernels_of, target_for
 from zerograph.codegen.rules import RULES, Described, Kind
+from zerograph.collectives import Algorithm, algorithm_for
 from zerograph.config import ZeroConfig, load_config
 from zerograph.cost import (
     Cluster,
@@ -273,9 +274,14 @@ def plan_of(
     client: Client | None = None,
     *,
     keep_text: bool = True,
+    algorithm: Algorithm | None = None,
 ) -> Plan:
-    """Run the passes on a copy of a traced graph. `keep_text` keeps the text after each."""
+    """Run the passes on a copy of a traced graph. `keep_text` keeps the text after each.
+
+    `algorithm` moves the buckets; by default that of the device's usual backend.
+    """
     graph = traced.graph.copy()
+    graph.notes["collectives"] = algorithm or algorithm_for(graph.device)
     if arriving is None:
         arriving = default_arriving(graph)
     spec = optimizer_of(config, graph.layout, client)
@@ -308,6 +314,7 @@ def passes_for(
     """The pipeline. Stages differ in what each pass inserts, not in which passes run."""
     zero = config.zero_optimization
     max_live = zero.stage3_max_live_parameters
+    graph.notes.setdefault("collectives", algorithm_for(graph.device))
     graph.notes["max_live"] = max_live
     graph.notes["accumulation"] = config.batch(graph.world).accumulation
     average = average_of(config, graph.world)

@@ -13,6 +13,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from zerograph import ops
+from zerograph.collectives import ALGORITHMS
 from zerograph.compat import SYMBOLIC
 from zerograph.cost import collective_bytes, memory_of, nbytes, traffic_of
 from zerograph.ir import (
@@ -76,8 +77,15 @@ def _head(graph: TrainGraph, after: str) -> list[Line]:
     return [
         Line(f"{head} | after {after}"),
         Line(f"precision  {graph.precision.describe()}"),
+        *(Line(each) for each in _collectives(graph)),
         *(Line(each) for each in (*_sizes(graph), *_buckets(graph))),
     ]
+
+
+def _collectives(graph: TrainGraph) -> Iterator[str]:
+    """The algorithm that moves the buckets."""
+    if graph.world > 1 and "collectives" in graph.notes:
+        yield f"collectives  {ALGORITHMS[graph.notes['collectives']]}"
 
 
 def _body(

@@ -1,15 +1,17 @@
 """The link between this process group's ranks, and how collectives and compute slow each other."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from zerograph import collectives
 from zerograph.calibrate.timing import timed
 from zerograph.cost import Cluster, Link
 from zerograph.cost.cluster import Kind
+from zerograph.runtime.world import current_world
 
 KINDS: tuple[Kind, ...] = ("gather", "reduce_scatter", "all_reduce")
 SIZES = (1 << 16, 1 << 20, 1 << 22, 1 << 24)
@@ -36,9 +38,9 @@ def _fit(cluster: Cluster, kind: Kind, world: int) -> tuple[float, float]:
     """(seconds of a hop, bytes per second): least squares of the relative error over SIZES."""
     rows, times = [], []
     for nbytes in SIZES:
-        took = timed(_several(kind, nbytes, world)) / IN_FLIGHT
-        copied = cluster.copied(kind, nbytes, world)
-        took -= cluster.device.seconds(0, copied, "f32") if copied else 0.0
+        took = timed(_several(kind, nbytes)) / IN_FLIGHT
+        for touched in (cluster.copied, cluster.summed):
+            took -= cluster.device.seconds(0, touched(kind, nbytes, world), "f32")
         rows.append((cluster.hops(kind, world), cluster.bytes_per_link(kind, nbytes, world)))
         times.append(took)
     return _solve(rows, times)
@@ -51,27 +53,37 @@ def _solve(rows: Sequence[tuple[float, float]], times: Sequence[float]) -> tuple
     return max(0.0, float(latency)), 1 / max(float(pace), 1e-12)
 
 
-def _several(kind: Kind, nbytes: int, world: int) -> Callable[[], None]:
-    start = _starter(kind, nbytes, world)
+def _several(kind: Kind, nbytes: int) -> Callable[[], None]:
+    start = _starter(kind, nbytes)
 
     def run() -> None:
-        for pending in [start() for _ in range(IN_FLIGHT)]:
-            torch.ops._c10d_functional.wait_tensor(pending)
+        for finish in [start() for _ in range(IN_FLIGHT)]:
+            finish()
 
     return run
 
 
-def _starter(kind: Kind, nbytes: int, world: int) -> Callable[[], Tensor]:
-    """A function that starts a collective as a lowered program does."""
+def _starter(kind: Kind, nbytes: int) -> Callable[[], Callable[[], Tensor]]:
+    """A function that starts a collective as a lowered program does, and answers its wait."""
+    world = current_world("cpu")
+    full, shard = torch.ones(nbytes // 4), torch.ones(nbytes // 4 // world.size)
     functional = torch.ops._c10d_functional
-    name = dist.group.WORLD.group_name  # type: ignore[union-attr]
-    full, shard = torch.ones(nbytes // 4), torch.ones(nbytes // 4 // world)
-    starters: dict[Kind, Callable[[], Tensor]] = {
-        "gather": lambda: functional.all_gather_into_tensor_out(
-            shard, world, name, out=torch.empty_like(full)
-        ),
-        "reduce_scatter": lambda: functional.reduce_scatter_tensor(full, "avg", world, name),
-        "all_reduce": lambda: functional.all_reduce(full, "avg", name),
+
+    def all_reduce() -> Callable[[], Tensor]:
+        return partial(collectives.wait, functional.all_reduce(full, "avg", world.group_name), kind)
+
+    def gather() -> Callable[[], Tensor]:
+        out = torch.empty(shard.numel() * world.size)
+        return world.channel("gathers").gather(shard, out, "of ones").wait
+
+    def reduce_scatter() -> Callable[[], Tensor]:
+        sent = full[: shard.numel() * world.size]
+        return world.channel("reductions").reduce_scatter(sent, "of ones", mean=True).wait
+
+    starters: dict[Kind, Callable[[], Callable[[], Tensor]]] = {
+        "gather": gather,
+        "reduce_scatter": reduce_scatter,
+        "all_reduce": all_reduce,
     }
     return starters[kind]
 
@@ -88,8 +100,8 @@ def interference_of() -> tuple[float, float]:
 
 
 def _interference(kind: Kind) -> tuple[float, float]:
-    collective = _several(kind, SIZES[2], dist.get_world_size())
-    start = _starter(kind, SIZES[2], dist.get_world_size())
+    collective = _several(kind, SIZES[2])
+    start = _starter(kind, SIZES[2])
     alone = timed(collective)
     unit = timed(_products(1))
     long, short = (_products(max(1, round(part * alone / unit))) for part in (1.5, 0.5))
@@ -98,8 +110,8 @@ def _interference(kind: Kind) -> tuple[float, float]:
         def run() -> None:
             pending = [start() for _ in range(IN_FLIGHT)]
             products()
-            for one in pending:
-                torch.ops._c10d_functional.wait_tensor(one)
+            for finish in pending:
+                finish()
 
         return run
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-import torch
 from torch import fx
 
 from zerograph import ops
@@ -52,9 +51,7 @@ def kernels_of(graph: TrainGraph, rule: Kind | None, groups: Groups) -> tuple[Us
 
 def target_for(graph: TrainGraph) -> Source:
     """The target whose kernels run on the device that the graph is planned for."""
-    values = (node.meta["val"] for node in graph.placeholders())
-    devices = {value.device.type for value in values if isinstance(value, torch.Tensor)}
-    return "triton" if "cuda" in devices else "cpp"
+    return "triton" if graph.device.type == "cuda" else "cpp"
 
 
 def files(kernels: Sequence[Used]) -> dict[str, str]:

@@ -14,6 +14,7 @@ is mended here and nowhere else:
                  ShapeEnv: guards, var_to_sources, create_symintnode; SymInt.node
                  torch.utils._sympy: interp, printers, reference
     runtime.py   torch.distributed.distributed_c10d._get_default_store
+                 ProcessGroup._get_backend(device).options._timeout
                  ctx.maybe_clear_saved_tensors of autograd functions
                  torch.optim.Optimizer: _opt_called, step._wrapped_by_lr_sched, the hook tables
     logs.py      torch._logging._internal: trace_structured, LOG_TRACE_HANDLER
@@ -40,6 +41,7 @@ from zerograph.compat.runtime import (
     mark_stepped,
     mark_tracked,
     optimizer_hooks,
+    timeout_of,
 )
 from zerograph.compat.symbols import (
     SYMBOLIC,
@@ -88,6 +90,7 @@ __all__ = [
     "show",
     "sizes_of",
     "symbol_of",
+    "timeout_of",
     "trace_text",
     "user_frames",
 ]

@@ -1,6 +1,7 @@
 """What runs beside the graph: autograd nodes, torch's optimizers, the process group's store."""
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -41,3 +42,10 @@ def optimizer_hooks() -> set[str]:
 def default_store() -> Any:
     """The key-value store of the default process group."""
     return dist.distributed_c10d._get_default_store()
+
+
+def timeout_of(group: dist.ProcessGroup) -> timedelta:
+    """How long a collective of a gloo group may take."""
+    options: Any = group._get_backend(torch.device("cpu")).options
+    timeout: timedelta = options._timeout
+    return timeout

@@ -13,8 +13,9 @@ reduce-scatter and 2 for an all-reduce, `nodes` nodes of `local` ranks:
 
 The cheaper is taken. Hops and bandwidths of ring and tree are those of NCCL's own tuning model
 (src/graph/tuning.cc); the trees of gather and reduce-scatter are recursive doubling and halving (Thakur,
-Rabenseifner, Gropp 2005, section 4), as in NCCL's PAT. gloo has rings only, and its reduce-scatter is an
-all-reduce of which each rank keeps its part.
+Rabenseifner, Gropp 2005, section 4), as in NCCL's PAT. On gloo buckets are gathered and reduce-scattered
+point-to-point (collectives.py), in one hop and by the same bytes as in a ring; the host copies its own part
+of a gather, and sums the parts of a reduction. gloo's all-reduce is a ring.
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -29,6 +30,7 @@ _KINDS: dict[str, Kind] = {
     "reduce_scatter": "reduce_scatter",
     **dict.fromkeys(("all_reduce", "any_rank", "sum_weights"), "all_reduce"),
 }
+_OF_BUCKETS = ("gather", "refresh", "reduce_scatter")
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -117,6 +119,8 @@ class Cluster(Saved):
         """Seconds of a collective named as in the plan's traffic, with a full buffer of `nbytes`."""
         if world == 1:
             return 0.0
+        if self.is_direct(kind):
+            return self.start + self._direct(_KINDS[kind], nbytes, world)
         ring = self._ring(_KINDS[kind], nbytes, world)
         if self.backend == "gloo":
             return self.start + ring
@@ -130,18 +134,28 @@ class Cluster(Saved):
         return self._rounds(_KINDS[kind]) * nbytes * (world - 1) / world
 
     def copied(self, kind: str, nbytes: int, world: int) -> int:
-        """Bytes that the host copies before a collective starts: gloo reduce-scatters a copy."""
-        copies = self.backend == "gloo" and kind == "reduce_scatter" and world > 1
-        return 2 * nbytes if copies else 0
+        """Bytes that the host reads and writes to start a collective: its own part of a gather."""
+        gathers = self.is_direct(kind) and _KINDS[kind] == "gather" and world > 1
+        return 2 * nbytes // world if gathers else 0
+
+    def summed(self, kind: str, nbytes: int, world: int) -> int:
+        """Bytes that the host reads and writes at a collective's wait: all parts of its slice, their mean."""
+        sums = self.is_direct(kind) and _KINDS[kind] != "gather" and world > 1
+        return (world + 3) * nbytes // world if sums else 0
 
     def hops(self, kind: str, world: int) -> int:
-        """Messages that follow each other in a ring."""
+        """Messages that follow each other."""
+        if self.is_direct(kind):
+            return 1
         return self._rounds(_KINDS[kind]) * (world - 1)
 
+    def is_direct(self, kind: str) -> bool:
+        """Whether a collective goes point-to-point."""
+        return self.backend == "gloo" and kind in _OF_BUCKETS
+
     def _rounds(self, kind: Kind) -> int:
-        """How often a ring goes round; gloo reduce-scatters by an all-reduce."""
-        twice = kind == "all_reduce" or (self.backend == "gloo" and kind == "reduce_scatter")
-        return 2 if twice else 1
+        """How often the buffer goes round."""
+        return 2 if kind == "all_reduce" else 1
 
     def _nodes(self, world: int) -> tuple[int, int]:
         """(nodes, ranks of a node)."""
@@ -157,6 +171,15 @@ class Cluster(Saved):
         latency = (world - nodes) * self.intra.latency + (nodes - 1) * self.inter.latency
         moved = nbytes * (world - 1) / world / self._rate(kind, nodes, local)
         return self._rounds(kind) * (latency + moved)
+
+    def _direct(self, kind: Kind, nbytes: int, world: int) -> float:
+        """Every rank sends to every other at once; a node's ranks share its network."""
+        nodes, local = self._nodes(world)
+        link = self.inter if nodes > 1 else self.intra
+        part = nbytes / world
+        within = (local - 1) * part / self.intra.rate(kind)
+        across = (world - local) * part / self.inter.rate(kind)
+        return link.latency + within + across
 
     def _tree(self, kind: Kind, nbytes: int, world: int) -> float:
         nodes, local = self._nodes(world)

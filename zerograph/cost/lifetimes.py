@@ -105,6 +105,8 @@ class Lifetimes:
             for source in cast(fx.Node, node.args[0]).all_input_nodes:
                 self._extend(source, index + 1)
         self.of[node] = self._lies_in(index, node)
+        if is_call(node, ops.reduce_scatter):
+            self._arrivals(index, node)
         if is_call(node, ops.update):
             self.found.append(self._temporaries(index, node))
 
@@ -138,6 +140,14 @@ class Lifetimes:
             return "gathered"
         reduces = is_call(node, ops.grad_buffer, ops.reduce_scatter, ops.accumulate)
         return "gradients" if reduces or region_of(node) == "step" else "activations"
+
+    def _arrivals(self, index: int, node: fx.Node) -> None:
+        """Beside the result, what a point-to-point reduction receives from each further rank."""
+        if self.graph.notes.get("collectives") == "point-to-point" and self.graph.world > 2:
+            wait = next(user for user in node.users if is_call(user, ops.wait))
+            death = self.nodes.index(wait)
+            for _ in range(self.graph.world - 2):
+                self._new(node, index, "gradients", death)
 
     def _temporaries(self, index: int, node: fx.Node) -> Stored:
         """The gradients that a user's class is given; a rule's kernel makes nothing."""

@@ -101,7 +101,9 @@ class _Rank:
                 self._issue(index, node)
                 started[node] = index
             elif is_call(node, ops.wait):
-                self._await(started.get(cast(fx.Node, node.args[0]), -1))
+                start = cast(fx.Node, node.args[0])
+                self._await(started.get(start, -1))
+                self._sum(start)
             else:
                 self._compute(index, node)
         while self.queue:
@@ -135,6 +137,13 @@ class _Rank:
             self._finish_first()
         self.waited += self.now - before
         self._meet()
+
+    def _sum(self, start: fx.Node) -> None:
+        """What a wait has the host do with what came: no span of its own, as in a recording."""
+        kind, nbytes, world = name_of(start), collective_bytes(start), self.graph.world
+        summed = self.cluster.summed(kind, nbytes, world)
+        if summed:
+            self._advance(self.cluster.device.seconds(0, summed, "f32"))
 
     def _busy(self, index: int, node: fx.Node, launch: float, took: float) -> None:
         """Start an operator and let it run."""

@@ -1,13 +1,15 @@
 """lower: the rewritten graph becomes three programs that run.
 
     zero.gather %b0.shard         ->  c10d.all_gather_into_tensor_out(%b0.shard, 8, "dp", out=empty)
-    zero.wait %b0                 ->  c10d.wait_tensor(%b0)
+    zero.wait %b0                 ->  collectives.wait(%b0, "the gather of bucket b0")
+      or, point-to-point:         ->  gathers.gather(%b0.shard, empty, "b0"), its wait()
     zero.param %b0 "w"            ->  aten.as_strided(%b0, [64, 32], [32, 1], 0)     a view, no copy
     zero.release %b0              ->  nothing: a value's storage ends with its last use
     zero.update ..                ->  a kernel
 
 Every node of a program carries in `meta["plan"]` the index in `graph.nodes()` of the node that it comes from.
-This is the only file that knows c10d. With a world of one rank no collective is left. A program takes
+Which algorithm moves the buckets is a note of the graph (collectives.py); small messages are c10d's on
+every backend. With a world of one rank no collective is left. A program takes
 its inputs in a list that it empties, so that each input's storage can end at its last use.
 """
 
@@ -19,11 +21,14 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from zerograph import ops
+from zerograph import collectives, ops
 from zerograph.codegen import dispatch, kernels
-from zerograph.ir import Region, Role, TrainGraph, is_call, role_of
+from zerograph.cost import name_of
+from zerograph.ir import Region, Role, TrainGraph, bucket_of, is_call, role_of
 
 c10d = torch.ops._c10d_functional
+CHANNELS = {"gathers": (ops.gather, ops.refresh), "reductions": (ops.reduce_scatter,)}
+"""Which collectives share a channel."""
 _KEPT = ("buffer", "constant", "input", "size")
 """Inputs that the backward takes as they were in the forward."""
 
@@ -63,6 +68,7 @@ class _Builder:
     out: fx.Graph = field(default_factory=fx.Graph)
     values: dict[fx.Node, fx.Node] = field(default_factory=dict)
     inputs: list[Role] = field(default_factory=list)
+    channels: dict[str, fx.Node] = field(default_factory=dict)
 
     def build(self) -> Program:
         nodes = self.graph.nodes(self.region)
@@ -71,6 +77,7 @@ class _Builder:
         for node in self._needed(nodes, (*results, *saved)):
             self.values[node] = self.out.placeholder(node.name)
             self.inputs.append(self._role(node))
+        self._open_channels(nodes)
         first = self.graph.nodes().index(nodes[0]) if nodes else 0
         for index, node in enumerate(nodes, first):
             self._emit(node)
@@ -90,6 +97,17 @@ class _Builder:
         read = {n for node in nodes for n in node.all_input_nodes if n not in own}
         read.update(n for n in results if n is not None and n not in own)
         return sorted(read)
+
+    def _open_channels(self, nodes: Sequence[fx.Node]) -> None:
+        """Channels are inputs: the process groups behind them are the rank's."""
+        for name, kinds in CHANNELS.items():
+            if self.point_to_point and any(is_call(node, *kinds) for node in nodes):
+                self.channels[name] = self.out.placeholder(name)
+                self.inputs.append(Role("channel", name))
+
+    @property
+    def point_to_point(self) -> bool:
+        return self.graph.world > 1 and self.graph.notes["collectives"] == "point-to-point"
 
     def _role(self, node: fx.Node) -> Role:
         if node.op == "placeholder":
@@ -127,9 +145,25 @@ class _Builder:
     def args(self, node: fx.Node) -> tuple[Any, ...]:
         return cast(tuple[Any, ...], fx.map_arg(node.args, self._value))
 
+    def start(self, channel: str, method: str, *args: Any) -> fx.Node:
+        """A collective on a channel; its result is pending."""
+        return self.out.call_method(method, (self.channels[channel], *args))
+
     def collective(self, target: Callable[..., Any], alone: fx.Node, *args: Any) -> fx.Node:
         """`target(*args)`, or `alone` when there is nobody to talk to."""
         return alone if self.graph.world == 1 else self.call(target, *args)
+
+
+def starts_collective(node: fx.Node) -> bool:
+    """Whether a program's node starts a collective."""
+    functional = getattr(node.target, "namespace", "") == "_c10d_functional"
+    return functional or (node.op == "call_method" and node.target in ("gather", "reduce_scatter"))
+
+
+def waits_for_collective(node: fx.Node) -> bool:
+    """Whether a program's node waits for its first argument, a collective that was started."""
+    method = node.op == "call_method" and node.target == "wait"
+    return method or node.target is collectives.wait
 
 
 def _unmarked(node: fx.Node) -> bool:
@@ -140,8 +174,10 @@ Handler = Callable[[_Builder, fx.Node], fx.Node | None]
 
 
 def _gather(b: _Builder, node: fx.Node) -> fx.Node:
-    shard, _, _ = b.args(node)
-    return _gathered(b, shard, node)
+    shard, bucket, _ = b.args(node)
+    if not b.point_to_point:
+        return _gathered(b, shard, node)
+    return b.start("gathers", "gather", shard, _empty(b, shard, node), bucket)
 
 
 def _gathered(b: _Builder, shard: fx.Node, node: fx.Node) -> fx.Node:
@@ -152,20 +188,36 @@ def _gathered(b: _Builder, shard: fx.Node, node: fx.Node) -> fx.Node:
     """
     if b.graph.world == 1:
         return shard
-    buffer = b.call(torch.ops.aten.new_empty.default, shard, list(node.meta["val"].shape))
     op = c10d.all_gather_into_tensor_out.default
+    buffer = _empty(b, shard, node)
     return b.out.call_function(op, (shard, b.graph.world, b.group), {"out": buffer})
 
 
+def _empty(b: _Builder, like: fx.Node, node: fx.Node) -> fx.Node:
+    return b.call(torch.ops.aten.new_empty.default, like, list(node.meta["val"].shape))
+
+
 def _wait(b: _Builder, node: fx.Node) -> fx.Node:
-    (pending,) = b.args(node)
-    done = b.collective(c10d.wait_tensor.default, pending, pending)
+    pending: fx.Node = b.args(node)[0]
     start = cast(fx.Node, node.args[0])
-    if b.graph.world == 1 or not is_call(start, ops.reduce_scatter, ops.all_reduce):
+    if b.graph.world == 1:
+        return pending
+    if pending.op == "call_method":
+        return b.out.call_method("wait", (pending,))
+    done = b.call(collectives.wait, pending, _called(start))
+    if not is_call(start, ops.reduce_scatter, ops.all_reduce):
         return done
-    pre, post, world = cast(tuple[float, float, int], start.args[2:])
-    summed = not _is_mean(pre, post, world) and post != 1.0
-    return b.call(torch.ops.aten.mul_.Scalar, done, post) if summed else done
+    _, post = _factors(start)
+    return done if post in (None, 1.0) else b.call(torch.ops.aten.mul_.Scalar, done, post)
+
+
+def _called(start: fx.Node) -> str:
+    """What an error calls a collective: `the reduction of bucket b0`."""
+    gathers = dict.fromkeys((ops.gather, ops.refresh), "gather")
+    reductions = dict.fromkeys((ops.reduce_scatter, ops.all_reduce), "reduction")
+    kinds: dict[Any, str] = gathers | reductions
+    kind = kinds.get(start.target, "")
+    return f"the {kind} of bucket {bucket_of(start)}" if kind else f"the {name_of(start)}"
 
 
 def _param(b: _Builder, node: fx.Node) -> fx.Node:
@@ -202,30 +254,36 @@ def _put(b: _Builder, node: fx.Node) -> fx.Node:
     return b.call(kernels.put, buffer, grad, offset, size, stride)
 
 
-def _is_mean(pre: float, post: float, world: int) -> bool:
-    """Whether the collective's own average does it."""
-    return pre == 1.0 and post == 1 / world
+def _factors(node: fx.Node) -> tuple[float, float | None]:
+    """(pre, post) of a reduction; no post where it is the collective's own average."""
+    pre, post, world = cast(tuple[float, float, int], node.args[2:])
+    return (1.0, None) if pre == 1.0 and post == 1 / world else (pre, post)
 
 
-def _reduced(b: _Builder, node: fx.Node) -> tuple[fx.Node, str]:
-    """What is sent, and the collective's operation; `_wait` multiplies by the rest."""
-    buffer, _, pre, post, world = b.args(node)
-    if _is_mean(pre, post, world):
-        return buffer, "avg"
-    if b.graph.world > 1 and pre != 1.0:
-        buffer = b.call(torch.ops.aten.mul_.Scalar, buffer, pre)
-    return buffer, "sum"
+def _sent(b: _Builder, node: fx.Node) -> fx.Node:
+    """The buffer of a reduction, scaled for the sum."""
+    buffer: fx.Node = b.args(node)[0]
+    pre, _ = _factors(node)
+    scaled = pre != 1.0 and b.graph.world > 1
+    return b.call(torch.ops.aten.mul_.Scalar, buffer, pre) if scaled else buffer
 
 
 def _reduce_scatter(b: _Builder, node: fx.Node) -> fx.Node:
-    sent, how = _reduced(b, node)
+    sent, (_, post) = _sent(b, node), _factors(node)
+    if b.point_to_point:
+        mean = post is None
+        return b.start("reductions", "reduce_scatter", sent, node.args[1], mean, post or 1.0)
     op = c10d.reduce_scatter_tensor.default
-    return b.collective(op, sent, sent, how, b.graph.world, b.group)
+    return b.collective(op, sent, sent, _operation(post), b.graph.world, b.group)
 
 
 def _all_reduce(b: _Builder, node: fx.Node) -> fx.Node:
-    sent, how = _reduced(b, node)
-    return b.collective(c10d.all_reduce_.default, sent, sent, how, b.group)
+    sent, (_, post) = _sent(b, node), _factors(node)
+    return b.collective(c10d.all_reduce_.default, sent, sent, _operation(post), b.group)
+
+
+def _operation(post: float | None) -> str:
+    return "avg" if post is None else "sum"
 
 
 def _accumulate(b: _Builder, node: fx.Node) -> fx.Node:
@@ -281,9 +339,11 @@ def _update(b: _Builder, node: fx.Node) -> fx.Node:
 
 def _refresh(b: _Builder, node: fx.Node) -> fx.Node:
     full: fx.Node
-    full, shard, _, world = b.args(node)
+    full, shard, bucket, world = b.args(node)
     if b.graph.world == 1:
         return full
+    if b.point_to_point:
+        return b.start("gathers", "gather", shard, full, bucket)
     op = c10d.all_gather_into_tensor_out.default
     return b.out.call_function(op, (shard, world, b.group), {"out": full})
 

@@ -22,7 +22,7 @@ from torch import fx
 from zerograph.engine import Engine
 from zerograph.errors import PlanError
 from zerograph.ir import REGIONS, Region, region_of
-from zerograph.passes.lower import Program
+from zerograph.passes.lower import Program, starts_collective, waits_for_collective
 from zerograph.plan import Plan
 from zerograph.recording import Recording, SpanEntry
 from zerograph.runtime.run import execute
@@ -116,7 +116,7 @@ class _Timed(fx.Interpreter):
         self._device = device
         self._found: dict[tuple[int, str], _Ran] = {}
         nodes = program.module.graph.nodes
-        self._collectives = {n.meta["plan"] for n in nodes if _is_collective(n) and not _is_wait(n)}
+        self._collectives = {n.meta["plan"] for n in nodes if starts_collective(n)}
 
     def run_node(self, n: fx.Node) -> Any:
         if "plan" not in n.meta:
@@ -131,7 +131,7 @@ class _Timed(fx.Interpreter):
 
     def _note(self, n: fx.Node, begin: Mark, end: Mark) -> None:
         index = n.meta["plan"] - self._program.first
-        if _is_wait(n):
+        if waits_for_collective(n):
             started = cast(fx.Node, n.args[0]).meta["plan"] - self._program.first
             self._extend(started, "communication", begin, end)
         elif n.meta["plan"] in self._collectives:
@@ -152,14 +152,6 @@ class _Timed(fx.Interpreter):
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
-
-
-def _is_collective(n: fx.Node) -> bool:
-    return getattr(n.target, "namespace", "") == "_c10d_functional"
-
-
-def _is_wait(n: fx.Node) -> bool:
-    return n.target is torch.ops._c10d_functional.wait_tensor.default
 
 
 def _seconds(begin: Mark, end: Mark) -> float:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from zerograph.collectives import Channel
 from zerograph.errors import PlanError
 from zerograph.ir import Role
 from zerograph.layout import Bucket, Layout, Param
@@ -89,10 +90,12 @@ class State:
 
     # Reading
 
-    def resolve(self, role: Role) -> Tensor | None:
-        """The tensor behind a program's input."""
+    def resolve(self, role: Role) -> Tensor | Channel | None:
+        """The tensor (or channel) behind a program's input."""
         if role.kind == "scale":
             return self.scale
+        if role.kind == "channel":
+            return self.world.channel(role.name)
         name, _, part = role.name.partition("/")
         storage = self.storages[name]
         if role.kind == "state":

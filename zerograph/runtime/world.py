@@ -5,11 +5,17 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 
+from zerograph.collectives import Algorithm, Channel, algorithm_for
 from zerograph.errors import PlanError
+
+CHANNELS = ("gathers", "reductions")
+"""Groups of their own, so that neither kind of collective queues behind the other."""
+_channels: WeakKeyDictionary[dist.ProcessGroup, dict[str, Channel]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,19 @@ class World:
     def group_name(self) -> str:
         """The group's name as functional collectives know it."""
         return str(self.group.group_name) if self.group is not None else "alone"
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """How this world's programs gather and reduce-scatter."""
+        gloo = self.group is None or dist.get_backend(self.group) == "gloo"
+        return algorithm_for(self.device) if gloo else "native"
+
+    def channel(self, name: str) -> Channel:
+        """One of CHANNELS. The first one asked for makes all, on all ranks at the same time."""
+        assert self.group is not None
+        if self.group not in _channels:
+            _channels[self.group] = {each: Channel.beside(self.group) for each in CHANNELS}
+        return _channels[self.group][name]
 
     def broadcast(self, tensor: torch.Tensor, source: int = 0) -> None:
         """Overwrite `tensor` with rank `source`'s, in place."""

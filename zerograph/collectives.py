@@ -1,0 +1,206 @@
+"""What lowered programs communicate with: channels for gloo, and waits that name what failed.
+
+A channel gathers and reduce-scatters by chunked point-to-point messages:
+
+    gather           every rank sends its shard to each other rank, and receives theirs into the full buffer
+    reduce_scatter   every rank sends each other rank that one's slice, and sums what it receives of its own
+
+Each pair of ranks exchanges chunks of `CHUNK` bytes, so both directions of a link are busy, and nothing is
+sent twice: (world - 1) / world of the buffer leaves a rank. gloo's own reduce-scatter moves twice that, and
+one large message each way over one pair takes turns (docs/architecture.md has the figures). Sums are taken
+in rank order, whichever message arrives first, in fp32 for 16-bit gradients: the same bits in every run.
+
+A collective is started, works in the background, and is waited for once. What it sends and receives stays
+alive until then. One that fails, or does not end within the process group's timeout, raises
+CommunicationError.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from zerograph import compat
+from zerograph.errors import CommunicationError
+
+Algorithm = Literal["point-to-point", "native"]
+"""How a program gathers and reduce-scatters buckets: over channels, or as the backend does."""
+
+ALGORITHMS: dict[Algorithm, str] = {
+    "point-to-point": "point-to-point in chunks of 1 MiB, sums in rank order",
+    "native": "the backend's own",
+}
+"""Each as a plan says it."""
+
+CHUNK = 1 << 20
+"""Bytes of a message. Of 256 KiB to 8 MiB the fastest on loopback, and line rate on a 1 Gbit/s link."""
+_TAGS = 1 << 30
+"""Tags are counted modulo this; gloo takes non-negative 32-bit numbers."""
+
+
+def algorithm_for(device: torch.device) -> Algorithm:
+    """The algorithm on the backend that a device has by default: gloo on the CPU, else NCCL."""
+    return "point-to-point" if device.type == "cpu" else "native"
+
+
+@dataclass
+class Channel:
+    """A process group of its own, for collectives that all ranks start in the same order."""
+
+    group: dist.ProcessGroup
+    rank: int
+    size: int
+    _tags: Iterator[int] = field(default_factory=count)
+
+    @classmethod
+    def beside(cls, group: dist.ProcessGroup) -> "Channel":
+        """A new channel between the ranks of `group`, with its timeout; call it on all of them."""
+        ranks = dist.get_process_group_ranks(group)
+        made = dist.new_group(ranks, timeout=compat.timeout_of(group), backend="gloo")
+        return cls(made, dist.get_rank(group), len(ranks))
+
+    def gather(self, shard: Tensor, full: Tensor, bucket: str) -> "Gathering":
+        """Start gathering all ranks' shards [n] into `full` [size * n], of which `shard` may be a part."""
+        places = list(full.view(self.size, -1))
+        pending = Gathering(self, f"the gather of bucket {bucket}", shard, places, full)
+        pending.start([shard] * self.size)
+        if places[self.rank].data_ptr() != shard.data_ptr():
+            places[self.rank].copy_(shard)
+        return pending
+
+    def reduce_scatter(
+        self, buffer: Tensor, bucket: str, mean: bool, factor: float = 1.0
+    ) -> "Reducing":
+        """Start the sum over ranks of `buffer` [size * n], of which each rank is given its slice [n].
+
+        `mean` divides the sum by the number of ranks; otherwise it is multiplied by `factor`.
+        """
+        slices = list(buffer.view(self.size, -1))
+        own = slices[self.rank]
+        terms = [own if rank == self.rank else torch.empty_like(own) for rank in range(self.size)]
+        what = f"the reduction of bucket {bucket}"
+        pending = Reducing(self, what, own, terms, divisor=self.size if mean else 1, factor=factor)
+        pending.start(slices)
+        return pending
+
+    def peers(self) -> Iterator[int]:
+        """The other ranks, the next one first, so that not all send to the same one at once."""
+        return ((self.rank + step) % self.size for step in range(1, self.size))
+
+    def tag(self) -> int:
+        return next(self._tags) % _TAGS
+
+
+@dataclass
+class Exchange:
+    """A collective under way: rank r's part [n] arrives in `places[r]`."""
+
+    channel: Channel
+    what: str
+    """For errors."""
+    own: Tensor
+    """This rank's part."""
+    places: list[Tensor]
+    _sent: list[dist.Work] = field(default_factory=list, init=False)
+    _arriving: list[tuple[slice, list[dist.Work]]] = field(default_factory=list, init=False)
+
+    def start(self, parts: list[Tensor]) -> None:
+        """Send `parts[r]` [n] to each other rank r, and receive from it, chunk by chunk."""
+        group = self.channel.group
+        with self._named():
+            for chunk in _chunks(self.own):
+                tag, arriving = self.channel.tag(), []
+                for peer in self.channel.peers():
+                    arriving.append(group.recv([self.places[peer][chunk]], peer, tag))
+                    self._sent.append(group.send([parts[peer][chunk]], peer, tag))
+                self._arriving.append((chunk, arriving))
+
+    def arrivals(self) -> Iterator[slice]:
+        """Each chunk, once it is there from all ranks; at the end everything is sent as well."""
+        for chunk, arriving in self._arriving:
+            self._finish(arriving)
+            yield chunk
+        self._finish(self._sent)
+        self._arriving.clear()
+        self._sent.clear()
+
+    def _finish(self, works: list[dist.Work]) -> None:
+        with self._named():
+            for work in works:
+                work.wait()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise failed(self.channel.rank, self.what, error) from error
+
+
+@dataclass
+class Gathering(Exchange):
+    full: Tensor
+
+    def wait(self) -> Tensor:
+        """The full buffer [size * n]."""
+        for _ in self.arrivals():
+            pass
+        return self.full
+
+
+@dataclass
+class Reducing(Exchange):
+    divisor: int
+    factor: float
+
+    def wait(self) -> Tensor:
+        """This rank's slice [n] of the sum. Chunks are summed while later ones arrive."""
+        result = self.places[0 if self.channel.rank else 1]
+        for chunk in self.arrivals():
+            self._sum([place[chunk] for place in self.places], result[chunk])
+        self.places, self.own = [], result
+        return result
+
+    def _sum(self, terms: list[Tensor], out: Tensor) -> None:
+        """Sum the terms in their order into `out`, which is one of the first two."""
+        wide = torch.float32 if out.dtype.itemsize == 2 else out.dtype
+        total = out if wide == out.dtype else torch.empty_like(out, dtype=wide)
+        torch.add(terms[0].to(wide), terms[1].to(wide), out=total)
+        for term in terms[2:]:
+            total.add_(term)
+        if self.divisor != 1:
+            total.div_(self.divisor)
+        if self.factor != 1.0:
+            total.mul_(self.factor)
+        if total is not out:
+            out.copy_(total)
+
+
+def wait(pending: Tensor, what: str) -> Tensor:
+    """The value of one of torch's functional collectives; `what` names it in an error."""
+    try:
+        done: Tensor = torch.ops._c10d_functional.wait_tensor(pending)
+    except RuntimeError as error:
+        raise failed(dist.get_rank(), what, error) from error
+    return done
+
+
+def failed(rank: int, what: str, error: RuntimeError) -> CommunicationError:
+    """The error of a rank whose collective `what` ended with the backend's `error`."""
+    reason = str(error).strip().splitlines()[0]
+    return CommunicationError(
+        f"rank {rank}: {what} failed: {reason}. Another rank has died, or stands still, or runs another "
+        "kind of step (its own log says); start the ranks again. The time that a rank waits is the process "
+        "group's timeout, zerograph.init_distributed(timeout=...)"
+    )
+
+
+def _chunks(part: Tensor) -> Iterator[slice]:
+    """What of a part [n] goes into each message."""
+    length = CHUNK // part.dtype.itemsize
+    return (slice(at, min(at + length, len(part))) for at in range(0, len(part), length))

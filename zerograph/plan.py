@@ -59,8 +59,9 @@ from zerograph.passes.lower import Lower, Program
 from zerograph.passes.reduce import Average
 from zerograph.pipeline import History
 from zerograph.precision import precision_of, short
-from zerograph.text import size, text
+from zerograph.text import text
 from zerograph.trace import Trace, trace
+from zerograph.units import size
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from zerograph.cost import cluster_of
 from zerograph.errors import PlanError
 from zerograph.fit import Candidate, Fit, fit, micro_batches_of, parse_bytes
 from zerograph.plan import plan_of
-from zerograph.text import duration, size
+from zerograph.units import duration, size
 
 
 def search(

@@ -18,7 +18,8 @@ from zerograph import ops, pipeline, verify
 from zerograph.config import load_config
 from zerograph.errors import AgreementError, VerifyError
 from zerograph.ir import TrainGraph, is_call, region_of
-from zerograph.plan import default_arriving, optimizer_of, passes_for
+from zerograph.optimizer import optimizer_of
+from zerograph.planning import default_arriving, passes_for
 from zerograph.runtime.agree import first_difference
 
 aten = torch.ops.aten

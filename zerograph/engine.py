@@ -25,7 +25,9 @@ from zerograph.client import Given, client_of
 from zerograph.config import ZeroConfig, load_config
 from zerograph.errors import PlanError
 from zerograph.layout import layout_of
-from zerograph.plan import OptimizerSpec, Plan, optimizer_of, plan_of
+from zerograph.optimizer import OptimizerSpec, optimizer_of
+from zerograph.plan import Plan
+from zerograph.planning import plan_of
 from zerograph.precision import precision_of, short
 from zerograph.runtime import values
 from zerograph.runtime.agree import Agreement

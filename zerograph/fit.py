@@ -14,7 +14,7 @@ from typing import Any
 from zerograph.config import ZeroConfig, load_config
 from zerograph.cost import CATEGORIES, Cluster, Held, Memory, Timeline
 from zerograph.errors import ConfigError, PlanError
-from zerograph.plan import plan_of
+from zerograph.planning import plan_of
 from zerograph.trace import Trace
 from zerograph.units import size
 

@@ -31,6 +31,7 @@ from benchmarks.machine import describe
 from tests.oracle import config_for, differing, gradient_error
 from tests.ranks import RankError, run_ranks
 from tests.zoo import SECTIONS, ZOO
+from zerograph.runtime import planner
 from zerograph.runtime.world import World
 
 DEADLINE = 240.0
@@ -90,18 +91,18 @@ def _one_capture() -> Iterator[None]:
 
     Capturing is most of the work for a tiny model, and every stage would make the same again.
     """
-    capture, made = zerograph.engine.trace, []
+    capture, made = planner.trace, []
 
     def once(*args: Any, **kwargs: Any) -> Any:
         if not made:
             made.append(capture(*args, **kwargs))
         return made[0]
 
-    zerograph.engine.trace = once
+    planner.trace = once
     try:
         yield
     finally:
-        zerograph.engine.trace = capture
+        planner.trace = capture
 
 
 def _gradients(model: nn.Module) -> dict[str, Tensor]:

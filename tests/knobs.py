@@ -20,7 +20,8 @@ from zerograph.config import load_config
 from zerograph.config.check import given, row_for, show
 from zerograph.config.row import Row
 from zerograph.layout import layout_of
-from zerograph.plan import Plan, plan_of
+from zerograph.plan import Plan
+from zerograph.planning import plan_of
 from zerograph.precision import Precision, precision_of
 from zerograph.trace import Trace, trace
 

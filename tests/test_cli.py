@@ -28,7 +28,7 @@ from zerograph.errors import PlanError
 from zerograph.export import chrome_trace, dot
 from zerograph.recording import Recording, SpanEntry
 from zerograph.report import render
-from zerograph.text import size
+from zerograph.units import size
 
 ROOT = Path(__file__).parent.parent
 INPUTS = ["--input", "x=f32[4,8]", "--input", "target=f32[4,8]"]

@@ -105,3 +105,18 @@ def test_the_page_names_every_command() -> None:
     assert len(commands) == 8
     for name in commands:
         assert f"`zerograph {name}" in PAGE.read_text()
+
+
+def test_the_architecture_names_every_file() -> None:
+    """Files of the package itself and of runtime/ by name, the other packages as such; and no other file."""
+    page, package = (ROOT / "docs" / "architecture.md").read_text(), ROOT / "zerograph"
+    found = [*package.glob("*.py"), *package.glob("*/__init__.py"), *package.glob("runtime/*.py")]
+    names = {
+        f"{path.parent.relative_to(package)}/" if path.name == "__init__.py" else path.name
+        for path in found
+        if path.parent != package or not path.name.startswith("__")
+    }
+    passes = {path.stem for path in package.glob("passes/[!_]*.py")}
+    assert [name for name in sorted(names | passes) if name not in page] == []
+    exist = {path.name for path in package.rglob("*.py")}
+    assert set(re.findall(r"\b\w+\.py\b", page)) <= exist

@@ -195,7 +195,14 @@ def test_a_buffer_changed_in_place_is_the_way_round() -> None:
 
 def test_what_torch_and_transformers_note_for_themselves_is_accepted() -> None:
     """transformers' classifiers write their config, and torch's LSTM its flat weights."""
-    engine = zerograph.compile(make("vit"), config_for(0))
-    engine(**batch_for("vit", 0))
-    recurrent: Any = zerograph.compile(nn.LSTM(4, 4), config_for(0))
-    recurrent(torch.ones(3, 2, 4))
+    model, batch = make("vit"), batch_for("vit", 0)
+    engine = zerograph.compile(copy.deepcopy(model), config_for(0))
+    expected = model(**batch).loss
+    for _ in range(2):
+        assert torch.equal(engine(**batch).loss, expected)
+    assert len(engine._programs) == 1
+    lstm, x = nn.LSTM(4, 4), torch.ones(3, 2, 4)
+    recurrent: Any = zerograph.compile(copy.deepcopy(lstm), config_for(0))
+    for _ in range(2):
+        torch.testing.assert_close(recurrent(x)[0], lstm(x)[0])  # eager takes a fused kernel
+    assert len(recurrent._programs) == 1

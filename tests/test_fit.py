@@ -22,7 +22,7 @@ from zerograph.fit import (
     parse_bytes,
     with_micro_batch,
 )
-from zerograph.plan import plan_of
+from zerograph.planning import plan_of
 from zerograph.trace import Trace
 
 WORLD = 4

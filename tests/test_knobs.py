@@ -19,7 +19,8 @@ from zerograph.config.optimizer import OPTIMIZER_TAGS
 from zerograph.config.scheduler import SCHEDULER_TAGS
 from zerograph.errors import ConfigError
 from zerograph.golden import GraphGolden
-from zerograph.plan import default_arriving, optimizer_of, passes_for
+from zerograph.optimizer import optimizer_of
+from zerograph.planning import default_arriving, passes_for
 from zerograph.precision import precision_of
 
 # What changes

@@ -106,9 +106,11 @@ def test_losses_that_the_user_combined() -> None:
         return output["loss"] * (0.5 + step) + output["logits"].abs().mean() + output["loss"] ** 2
 
     for step, batch in enumerate(batches(3)):
-        engine.backward(loss_of_outputs(engine(**batch), step))
+        loss = engine.backward(loss_of_outputs(engine(**batch), step))
         engine.step()
-        loss_of_outputs(model(**batch), step).backward()
+        expected = loss_of_outputs(model(**batch), step)
+        assert torch.equal(loss, expected)
+        expected.backward()
         optimizer.step()
         optimizer.zero_grad()
     same(engine, model)

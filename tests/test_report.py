@@ -19,7 +19,7 @@ from zerograph.document import Document
 from zerograph.errors import PlanError
 from zerograph.report import colours, render
 from zerograph.report.data import lines_of_nodes, payload
-from zerograph.text import size
+from zerograph.units import size
 
 
 @functools.cache

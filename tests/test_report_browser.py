@@ -9,7 +9,7 @@ import pytest
 from tests.browser import needs_browser, visit
 from tests.test_report import document, page, recording
 from zerograph.report import colours, render
-from zerograph.text import size
+from zerograph.units import size
 
 pytestmark = needs_browser
 MINUS = "\N{MINUS SIGN}"

@@ -16,8 +16,9 @@ from zerograph.config import load_config
 from zerograph.cost import peak_gathered
 from zerograph.errors import PlanError
 from zerograph.ir import TrainGraph, is_call
+from zerograph.optimizer import optimizer_of
 from zerograph.passes import Schedule
-from zerograph.plan import default_arriving, optimizer_of, passes_for
+from zerograph.planning import default_arriving, passes_for
 from zerograph.runtime.agree import first_difference
 from zerograph.trace import Trace
 

@@ -11,7 +11,8 @@ from torch import nn
 from tests import tiny
 from zerograph import ops
 from zerograph.ir import is_call
-from zerograph.text import size, text
+from zerograph.text import text
+from zerograph.units import size
 
 STAGES = range(4)
 

@@ -18,8 +18,10 @@ from zerograph import ops, pipeline, verify
 from zerograph.config import load_config
 from zerograph.errors import AgreementError, VerifyError
 from zerograph.ir import TrainGraph, is_call, region_of
-from zerograph.plan import default_arriving, optimizer_of, passes_for
+from zerograph.optimizer import optimizer_of
+from zerograph.planning import default_arriving, passes_for
 from zerograph.runtime.agree import first_difference
+from zerograph.text import text
 
 aten = torch.ops.aten
 WORLD = 8
@@ -708,8 +710,12 @@ def norms_of_some_ranks(graph: TrainGraph) -> None:
 @pytest.mark.parametrize("model", ["blocks", "batch_norm", "partly", "half", "lamb"])
 @pytest.mark.parametrize("stage", range(4))
 def test_good_plan_passes(stage: int, model: str) -> None:
+    """Every check holds, and checking changes nothing."""
     graph, provided = good(stage, model=model)
+    assert all(needs <= provided for needs, _ in verify.CHECKS)
+    before = text(graph, "schedule")
     verify.verify(graph, provided, "nothing")
+    assert text(graph, "schedule") == before
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from zerograph.collectives import Algorithm
 from zerograph.config import load_config
 from zerograph.layout import layout_of
-from zerograph.plan import Plan, call_of, plan_of
+from zerograph.plan import Plan
+from zerograph.planning import call_of, plan_of
 from zerograph.precision import precision_of
 from zerograph.trace import Trace, trace
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from zerograph.config import ZeroConfig, load_config
     from zerograph.engine import Engine, compile
     from zerograph.integrations.deepspeed import add_config_arguments, initialize
-    from zerograph.plan import Plan, plan
+    from zerograph.plan import Plan
+    from zerograph.planning import plan
     from zerograph.runtime.record import record
     from zerograph.runtime.world import init_distributed
 
@@ -42,7 +43,7 @@ _HOMES = {
     "init_distributed": "runtime.world",
     "initialize": "integrations.deepspeed",
     "load_config": "config",
-    "plan": "plan",
+    "plan": "planning",
     "record": "runtime.record",
 }
 
@@ -64,11 +65,11 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Whoever imports the module `zerograph.plan` first, `zerograph.plan` is the function."""
+    """Though there is a module `zerograph.plan`, the attribute of that name is the function."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        module = name == "plan" and isinstance(value, ModuleType)
-        super().__setattr__(name, value.plan if module else value)
+        if name != "plan" or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
 
 
 sys.modules[__name__].__class__ = _Package

@@ -19,7 +19,8 @@ from zerograph import ops
 from zerograph.config.problems import nearest
 from zerograph.errors import PlanError
 from zerograph.ir import REGIONS
-from zerograph.text import Line, size
+from zerograph.text import Line
+from zerograph.units import size
 
 if TYPE_CHECKING:
     from zerograph.document import BucketEntry, Document, NodeEntry

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from zerograph.changes import unified
 from zerograph.document import Document, TrafficEntry
 from zerograph.errors import PlanError
-from zerograph.text import duration, size
+from zerograph.units import duration, size
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch
 from torch import distributed
 
 from zerograph.nvme import measure
-from zerograph.text import size
+from zerograph.units import size
 
 State = Literal["ok", "limited", "no"]
 SEEN = ((2, 11), (2, 15))

@@ -12,7 +12,6 @@ the model's parameters: they keep their names, shapes and dtypes, and have no va
 
 import logging
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -21,29 +20,26 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from zerograph.client import Given, client_of
+from zerograph.client import Given
 from zerograph.config import ZeroConfig, load_config
 from zerograph.errors import PlanError
-from zerograph.layout import layout_of
-from zerograph.plan import OptimizerSpec, Plan, optimizer_of, plan_of
-from zerograph.precision import precision_of, short
+from zerograph.plan import Plan
 from zerograph.runtime import values
-from zerograph.runtime.agree import Agreement
 from zerograph.runtime.flat import optimizer_on
 from zerograph.runtime.key import call_of
 from zerograph.runtime.lr_schedule import scheduler_of
 from zerograph.runtime.optimizer import ShardedOptimizer
 from zerograph.runtime.parameters import Parameters
 from zerograph.runtime.place import place
-from zerograph.runtime.programs import Dims, Programs
-from zerograph.runtime.relayout import relay
-from zerograph.runtime.run import Compiled, Execute, Runner
+from zerograph.runtime.planner import Planner
+from zerograph.runtime.programs import Programs
+from zerograph.runtime.relayout import unfreeze
+from zerograph.runtime.run import Execute, Runner
 from zerograph.runtime.shown import require_hidden
 from zerograph.runtime.state import State, require_unowned
 from zerograph.runtime.updates import Updates
 from zerograph.runtime.world import World, current_world
 from zerograph.template import dissect
-from zerograph.trace import trace
 
 _log = logging.getLogger("zerograph")
 
@@ -86,26 +82,13 @@ class Engine:
         self.config = config
         self.world = world
         self.batch = config.batch(world.size)
-        stage = config.zero_optimization.stage
-        precision = precision_of(model, config)
-        client = None if optimizer is None else client_of(optimizer, model, config, param_groups)
-        if client is not None and config.optimizer is not None:
-            warnings.warn(
-                f"optimizer={type(client.instance).__name__} is used, and the config's `optimizer` section "
-                f"({config.optimizer.type}) is not; leave one of them out",
-                stacklevel=3,
-            )
-        layout = layout_of(model, world.size, precision, client.groups if client else param_groups)
-        spec = optimizer_of(config, layout, client)
-        self._client = client
-        self._agreement = Agreement(world)
-        self._agreement.agree(
-            f"the layout of {type(model).__name__}", self._layout_lines(layout, spec)
-        )
+        self._planner = Planner.of(model, config, world, param_groups, optimizer)
+        layout, spec = self._planner.layout()
+        stage, precision = config.zero_optimization.stage, self._planner.precision
         states = spec.states if spec else ()
         self.state = State.take_over(model, layout, precision, stage, world, states)
         self.optimizer: ShardedOptimizer | None = (
-            optimizer_on(spec.rule, spec.groups, self.state, client) if spec else None
+            optimizer_on(spec.rule, spec.groups, self.state, self._planner.client) if spec else None
         )
         self.lr_scheduler: LRScheduler | None = scheduler_of(config, self.optimizer)
         self.micro_steps = 0
@@ -113,7 +96,6 @@ class Engine:
         self._programs = Programs(type(model).__name__)
         self._plan: Plan | None = None
         self._run = Runner(model, self.state, self._received)
-        self._param_groups = client.groups if client else param_groups
         self._parameters = Parameters.of(model)
 
     # Training
@@ -127,7 +109,8 @@ class Engine:
         args, kwargs = rebuild(placed)
         named = [(path, tensor) for (path, _), tensor in zip(tensors, placed)]
         call = call_of(self.module, (args, kwargs), named)
-        compiled = self._programs.find(call, partial(self._compile, args, kwargs))
+        make = partial(self._planner.compile, args, kwargs, self.state.layout, self._adopt)
+        compiled = self._programs.find(call, make)
         return self._run(compiled, placed)
 
     def backward(
@@ -296,87 +279,14 @@ class Engine:
         frozen = (p.name for p in self.state.layout.params.values() if not p.trainable)
         thawed = [name for name in frozen if self.state.parameters[name].requires_grad]
         if thawed:
-            self._relay(thawed)
+            unfreeze(thawed, self.state, self._planner, self._programs, self.optimizer)
+            self._plan = self._updates.chosen = None
         self._parameters = now
 
-    def _relay(self, thawed: list[str]) -> None:
-        """Give parameters that were frozen at compile a place for gradients and states."""
-        require_hidden(self.state, f"{thawed[0]} was unfrozen")
-        if self._programs.waiting():
-            raise PlanError(
-                f"parameter {thawed[0]} was unfrozen between a forward and its backward; unfreeze it "
-                "before the forward, or after the backward"
-            )
-        self._require_groups(thawed)
-        trained = {p.name for p in self.state.layout.params.values() if p.trainable}
-        size, precision = self.world.size, self.state.precision
-        layout = layout_of(self.module, size, precision, self._param_groups, trained)
-        spec = optimizer_of(self.config, layout, self._client)
-        self._agreement.agree(
-            f"the layout of {type(self.module).__name__}", self._layout_lines(layout, spec)
-        )
-        if self.optimizer is not None:
-            self.optimizer.require_relayable()
-        relay(self.state, layout, spec.states if spec else ())
-        if self.optimizer is not None:
-            self.optimizer.relaid()
-        self._programs.clear()
-        self._plan = self._updates.chosen = None
-
-    def _require_groups(self, thawed: list[str]) -> None:
-        """An unfrozen parameter must have been given an optimizer group at compile, if any were."""
-        if self._param_groups is None:
-            return
-        given = {
-            p if isinstance(p, str) else id(p) for g in self._param_groups for p in g["params"]
-        }
-        for name in thawed:
-            if not given & {name, id(self.state.parameters[name])}:
-                raise PlanError(
-                    f"parameter {name} was unfrozen and is in no parameter group; give every parameter "
-                    "that is ever trained to the groups (or the optimizer) when you compile: frozen "
-                    "ones may be in them"
-                )
-
-    def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Dims) -> Compiled:
-        traced = trace(
-            self.module,
-            args,
-            kwargs,
-            layout=self.state.layout,
-            precision=self.state.precision,
-            device=self.world.device,
-            dynamic=dynamic,
-        )
-
-        def make_plan(arriving: tuple[str, ...] | None = None) -> Plan:
-            made = plan_of(
-                traced, self.config, arriving, self._client, algorithm=self.world.algorithm
-            )
-            kind = "a training step" if made.graph.training else "a forward"
-            self._agreement.agree(f"{kind} of {made.graph.model}", made.signature())
-            self._plan = made
-            self._updates.adopt(made)
-            return made
-
-        planned = make_plan()
-        group = self.world.group_name
-        return Compiled(traced, planned, planned.program("forward", group), make_plan, group)
+    def _adopt(self, made: Plan) -> None:
+        self._plan = made
+        self._updates.adopt(made)
 
     def _received(self, planned: Plan) -> None:
         self._updates.received(planned)
         self._plan = planned
-
-    def _layout_lines(self, layout: Any, spec: OptimizerSpec | None) -> list[str]:
-        client = self._client
-        lines = [
-            f"stage {self.config.zero_optimization.stage}, accumulation {self.batch.accumulation}, "
-            f"clipping {self.config.gradient_clipping}, optimizer {spec.rule.name if spec else 'none'}"
-        ]
-        for bucket in layout.buckets.values():
-            for param in layout.bucket_params(bucket.name):
-                shape = list(param.shape)
-                line = f"{bucket.name} {param.name} {short(param.dtype)} {shape}"
-                taken = client.steps(self.module.get_parameter(param.name)) if client else 0
-                lines.append(f"{line} after {taken} steps" if taken else line)
-        return lines

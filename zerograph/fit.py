@@ -14,9 +14,9 @@ from typing import Any
 from zerograph.config import ZeroConfig, load_config
 from zerograph.cost import CATEGORIES, Cluster, Held, Memory, Timeline
 from zerograph.errors import ConfigError, PlanError
-from zerograph.plan import plan_of
-from zerograph.text import size
+from zerograph.planning import plan_of
 from zerograph.trace import Trace
+from zerograph.units import size
 
 MICRO = "train_micro_batch_size_per_gpu"
 STEPS = "gradient_accumulation_steps"

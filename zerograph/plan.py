@@ -11,21 +11,12 @@ For the same model, inputs, config, world size and device it is byte for byte `e
 """
 
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
-import torch
-from torch import nn
-
-from zerograph import pipeline
 from zerograph.changes import unified
-from zerograph.client import Client, Given, client_of
 from zerograph.codegen.of_plan import SOURCES, Used, files, kernels_of, target_for
-from zerograph.codegen.rules import RULES, Described, Kind
-from zerograph.collectives import Algorithm, algorithm_for
-from zerograph.config import ZeroConfig, load_config
+from zerograph.config import ZeroConfig
 from zerograph.cost import (
     Cluster,
     Memory,
@@ -43,51 +34,13 @@ from zerograph.describe import describe
 from zerograph.document import Document
 from zerograph.errors import PlanError, suggestion
 from zerograph.ir import Region, TrainGraph, is_call
-from zerograph.layout import Layout, layout_of
 from zerograph.ops import COLLECTIVES
-from zerograph.passes import (
-    Gather,
-    Normalize,
-    Reduce,
-    Release,
-    Scale,
-    Schedule,
-    Shard,
-    Specialize,
-    Update,
-)
+from zerograph.optimizer import OptimizerSpec
 from zerograph.passes.lower import Lower, Program
-from zerograph.passes.reduce import Average
 from zerograph.pipeline import History
-from zerograph.precision import precision_of, short
-from zerograph.text import size, text
-from zerograph.trace import Trace, trace
-
-
-@dataclass(frozen=True)
-class OptimizerSpec:
-    """The optimizer of a plan: its rule (or a user's class) and each parameter group's options."""
-
-    rule: Kind
-    groups: tuple[Mapping[str, Any], ...]
-
-    @property
-    def states(self) -> tuple[str, ...]:
-        """Names of the state slices; a group with momentum decides for all."""
-        return max((self.rule.states(group) for group in self.groups), key=len)
-
-    @property
-    def measures(self) -> bool:
-        """Whether the rule needs norms of whole parameters."""
-        return isinstance(self.rule, Described) and self.rule.apply is not None
-
-    @property
-    def label(self) -> str:
-        """The rule and the options that change its code: sgd.momentum.nesterov."""
-        if not isinstance(self.rule, Described):
-            return self.rule.name
-        variants = dict.fromkeys(self.rule.flags(group) for group in self.groups)
-        return "|".join(".".join([self.rule.name, *sorted(flags)]) for flags in variants)
+from zerograph.precision import short
+from zerograph.text import text
+from zerograph.units import size
 
 
 @dataclass(frozen=True)
@@ -208,164 +161,5 @@ class Plan(Countable):
         return "\n".join(lines)
 
 
-def plan(
-    model: nn.Module,
-    config: Mapping[str, Any] | str | os.PathLike[str] | ZeroConfig,
-    *,
-    example_inputs: Any,
-    world_size: int = 1,
-    device: str | torch.device = "cpu",
-    param_groups: Sequence[Mapping[str, Any]] | None = None,
-    optimizer: Given | None = None,
-    arriving: Sequence[str] | None = None,
-) -> Plan:
-    """Plan one training step of `model` under `config` for `world_size` ranks.
-
-    `example_inputs` is a mapping (keyword arguments), a tuple or list (positional ones) or one
-    tensor; only shapes, strides and dtypes are read. Model and inputs may be on the meta device; they are
-    traced as fake tensors of `device`. `optimizer` is what `zerograph.compile` takes.
-    `arriving` names the outputs whose gradients the backward is
-    for; by default the loss alone, if there is one. Under `torch.no_grad()` the plan has no backward.
-
-    Raises ConfigError, CaptureError or PlanError.
-    """
-    loaded = load_config(config)
-    loaded.batch(world_size)
-    client = None if optimizer is None else client_of(optimizer, model, loaded, param_groups)
-    groups = client.groups if client else param_groups
-    traced = trace_of(model, loaded, example_inputs, world_size, device, groups)
-    return plan_of(traced, loaded, arriving, client)
-
-
-def trace_of(
-    model: nn.Module,
-    config: ZeroConfig,
-    example_inputs: Any,
-    world_size: int,
-    device: str | torch.device = "cpu",
-    groups: Sequence[Mapping[str, Any]] | None = None,
-) -> Trace:
-    """The trace that `plan` rewrites. It serves every config that differs from `config` in no precision."""
-    precision = precision_of(model, config)
-    layout = layout_of(model, world_size, precision, groups)
-    args, kwargs = call_of(example_inputs)
-    return trace(
-        model, args, kwargs, layout=layout, precision=precision, device=torch.device(device)
-    )
-
-
 def _cluster(given: Cluster | str) -> Cluster:
     return cluster_of(given) if isinstance(given, str) else given
-
-
-def call_of(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The (args, kwargs) of a call with `example_inputs`."""
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        return tuple(example_inputs), {}
-    return (example_inputs,), {}
-
-
-def plan_of(
-    traced: Trace,
-    config: ZeroConfig,
-    arriving: Sequence[str] | None = None,
-    client: Client | None = None,
-    *,
-    keep_text: bool = True,
-    algorithm: Algorithm | None = None,
-) -> Plan:
-    """Run the passes on a copy of a traced graph. `keep_text` keeps the text after each.
-
-    `algorithm` moves the buckets; by default that of the device's usual backend.
-    """
-    graph = traced.graph.copy()
-    graph.notes["collectives"] = algorithm or algorithm_for(graph.device)
-    if arriving is None:
-        arriving = default_arriving(graph)
-    spec = optimizer_of(config, graph.layout, client)
-    history = pipeline.run(
-        graph, passes_for(config, graph, tuple(arriving), spec), keep_text=keep_text
-    )
-    return Plan(graph, history, config, spec)
-
-
-def default_arriving(graph: TrainGraph) -> tuple[str, ...]:
-    """The loss, if the model returns one: an output so named, or a scalar as the first output."""
-    names = [r.name for r in graph.results if r.differentiable]
-    losses = [n for n in names if n.rpartition(".")[2] == "loss"]
-    if losses:
-        return tuple(losses)
-    first = next((n for n in graph.outputs("forward") if n is not None), None)
-    if (
-        names
-        and first is not None
-        and first.meta["val"].dim() == 0
-        and names[0] == graph.results[0].name
-    ):
-        return (names[0],)
-    return tuple(names)
-
-
-def passes_for(
-    config: ZeroConfig, graph: TrainGraph, arriving: tuple[str, ...], spec: OptimizerSpec | None
-) -> list[pipeline.Pass]:
-    """The pipeline. Stages differ in what each pass inserts, not in which passes run."""
-    zero = config.zero_optimization
-    max_live = zero.stage3_max_live_parameters
-    graph.notes.setdefault("collectives", algorithm_for(graph.device))
-    graph.notes["max_live"] = max_live
-    graph.notes["accumulation"] = config.batch(graph.world).accumulation
-    average = average_of(config, graph.world)
-    weighted = config.compile.weighted_accumulation
-    return [
-        Normalize(recast=zero.stage == 3),
-        Specialize(arriving),
-        Scale(),
-        Shard(zero.stage),
-        Gather(zero.stage3_max_reuse_distance),
-        Release(),
-        Reduce(1.0 if weighted else 1 / config.batch(graph.world).accumulation, average),
-        Update(
-            rule=spec.label if spec else "",
-            states=spec.states if spec else (),
-            scalars=len(spec.rule.scalars) if spec else 0,
-            average=average,
-            max_norm=config.gradient_clipping,
-            weighted=weighted,
-            measures=spec.measures if spec else False,
-        ),
-        Schedule(prefetch=zero.stage3_prefetch_bucket_size, max_live=max_live),
-    ]
-
-
-def average_of(config: ZeroConfig, world: int) -> Average:
-    """How the config's keys average gradients over ranks; the default divides after the sum."""
-    if config.prescale_gradients:
-        return Average(before=world)
-    mean = config.gradient_allreduce_op == "mean"
-    return Average(before=config.gradient_predivide_factor, mean=mean)
-
-
-def optimizer_of(
-    config: ZeroConfig, layout: Layout, client: Client | None = None
-) -> OptimizerSpec | None:
-    """The user's own optimizer, else the one that the config names; None without one."""
-    if client is not None:
-        return OptimizerSpec(client.kind, layout.groups)
-    if config.optimizer is None:
-        return None
-    kind = config.optimizer.type.lower()
-    decoupled = getattr(config.optimizer, "decoupled", False)
-    rule = RULES["adamw" if decoupled else kind]
-    given = config.optimizer.params.model_dump()
-    base = {name: given.get(name, default) for name, default in rule.defaults.items()}
-    for index, group in enumerate(layout.groups):
-        unknown = sorted(set(group) - set(base) - {"name", "initial_lr"})
-        if unknown:
-            raise PlanError(
-                f"parameter group {index} sets {', '.join(unknown)}, which {rule.name} does not "
-                f"have; it has {', '.join(base)}"
-            )
-    return OptimizerSpec(rule, tuple({**base, **group} for group in layout.groups))

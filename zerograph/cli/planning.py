@@ -14,7 +14,7 @@ from zerograph.cost import cluster_of
 from zerograph.document import Document
 from zerograph.errors import PlanError, ZerographError, suggestion
 from zerograph.fit import with_micro_batch
-from zerograph.plan import plan_of, trace_of
+from zerograph.planning import plan_of, trace_of
 from zerograph.trace import Trace
 
 _DEVICES = ("cpu", "cuda")

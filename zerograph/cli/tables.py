@@ -13,7 +13,7 @@ from rich.text import Text
 
 from zerograph.document import BucketEntry, Document
 from zerograph.fit import ROOT
-from zerograph.text import duration, size
+from zerograph.units import duration, size
 
 _WIDE = 1000
 """Columns where the output is no terminal: no line is broken."""

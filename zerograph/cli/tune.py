@@ -14,7 +14,7 @@ from zerograph.codegen import gpu, launch
 from zerograph.codegen.tune import Tuned, rows
 from zerograph.codegen.tune import tune as measured
 from zerograph.errors import KernelError
-from zerograph.text import duration
+from zerograph.units import duration
 
 _ALIGN = 16
 

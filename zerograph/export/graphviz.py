@@ -12,8 +12,7 @@ from itertools import pairwise
 from zerograph.blocks import Block, Collective, Part, blocks_of, folded_name, folds
 from zerograph.document import Document
 from zerograph.report.colours import collective_colours
-from zerograph.report.units import operations
-from zerograph.text import duration, size
+from zerograph.units import duration, operations, size
 
 HEAD = (
     'graph [fontname="Helvetica", fontsize=11, style="rounded", color="#c9c9c2", nodesep=0.2]',

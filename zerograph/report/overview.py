@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from zerograph.blocks import folded_name, folds
 from zerograph.document import BucketEntry, Document
 from zerograph.report.recorded import Recorded
-from zerograph.report.units import count, percent
-from zerograph.text import duration, size
+from zerograph.units import count, duration, percent, size
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,47 @@ Every rank does this together; at the peak it holds two old buckets and a new on
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from zerograph.errors import PlanError
 from zerograph.layout import Bucket, Layout, Param
+from zerograph.runtime.optimizer import ShardedOptimizer
+from zerograph.runtime.planner import Planner
+from zerograph.runtime.programs import Programs
+from zerograph.runtime.shown import require_hidden
 from zerograph.runtime.state import State, Storage
+
+
+def unfreeze(
+    names: Sequence[str],
+    state: State,
+    planner: Planner,
+    programs: Programs,
+    optimizer: ShardedOptimizer | None,
+) -> None:
+    """Give parameters that were frozen at compile a place for gradients and states.
+
+    The programs go. Raises PlanError if this is not the moment, or a parameter is in no group.
+    """
+    require_hidden(state, f"{names[0]} was unfrozen")
+    if programs.waiting():
+        raise PlanError(
+            f"parameter {names[0]} was unfrozen between a forward and its backward; unfreeze it "
+            "before the forward, or after the backward"
+        )
+    planner.require_groups({name: state.parameters[name] for name in names})
+    trained = {p.name for p in state.layout.params.values() if p.trainable}
+    layout, spec = planner.layout(trained)
+    if optimizer is not None:
+        optimizer.require_relayable()
+    relay(state, layout, spec.states if spec else ())
+    if optimizer is not None:
+        optimizer.relaid()
+    programs.clear()
 
 
 @torch.no_grad()

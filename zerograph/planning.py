@@ -1,0 +1,172 @@
+"""From a model and a config to a Plan: trace, then the passes. No ranks, no GPU, no weights.
+
+plan        trace_of, then plan_of
+trace_of    what depends on the model, its inputs and the precision
+plan_of     the passes, on a copy; one trace serves many configs
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from zerograph import pipeline
+from zerograph.client import Client, Given, client_of
+from zerograph.collectives import Algorithm, algorithm_for
+from zerograph.config import ZeroConfig, load_config
+from zerograph.ir import TrainGraph
+from zerograph.layout import layout_of
+from zerograph.optimizer import OptimizerSpec, optimizer_of
+from zerograph.passes import (
+    Gather,
+    Normalize,
+    Reduce,
+    Release,
+    Scale,
+    Schedule,
+    Shard,
+    Specialize,
+    Update,
+)
+from zerograph.passes.reduce import Average
+from zerograph.plan import Plan
+from zerograph.precision import precision_of
+from zerograph.trace import Trace, trace
+
+
+def plan(
+    model: nn.Module,
+    config: Mapping[str, Any] | str | os.PathLike[str] | ZeroConfig,
+    *,
+    example_inputs: Any,
+    world_size: int = 1,
+    device: str | torch.device = "cpu",
+    param_groups: Sequence[Mapping[str, Any]] | None = None,
+    optimizer: Given | None = None,
+    arriving: Sequence[str] | None = None,
+) -> Plan:
+    """Plan one training step of `model` under `config` for `world_size` ranks.
+
+    `example_inputs` is a mapping (keyword arguments), a tuple or list (positional ones) or one
+    tensor; only shapes, strides and dtypes are read. Model and inputs may be on the meta device; they are
+    traced as fake tensors of `device`. `optimizer` is what `zerograph.compile` takes.
+    `arriving` names the outputs whose gradients the backward is
+    for; by default the loss alone, if there is one. Under `torch.no_grad()` the plan has no backward.
+
+    Raises ConfigError, CaptureError or PlanError.
+    """
+    loaded = load_config(config)
+    loaded.batch(world_size)
+    client = None if optimizer is None else client_of(optimizer, model, loaded, param_groups)
+    groups = client.groups if client else param_groups
+    traced = trace_of(model, loaded, example_inputs, world_size, device, groups)
+    return plan_of(traced, loaded, arriving, client)
+
+
+def trace_of(
+    model: nn.Module,
+    config: ZeroConfig,
+    example_inputs: Any,
+    world_size: int,
+    device: str | torch.device = "cpu",
+    groups: Sequence[Mapping[str, Any]] | None = None,
+) -> Trace:
+    """The trace that `plan` rewrites. It serves every config that differs from `config` in no precision."""
+    precision = precision_of(model, config)
+    layout = layout_of(model, world_size, precision, groups)
+    args, kwargs = call_of(example_inputs)
+    return trace(
+        model, args, kwargs, layout=layout, precision=precision, device=torch.device(device)
+    )
+
+
+def call_of(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The (args, kwargs) of a call with `example_inputs`."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
+def plan_of(
+    traced: Trace,
+    config: ZeroConfig,
+    arriving: Sequence[str] | None = None,
+    client: Client | None = None,
+    *,
+    keep_text: bool = True,
+    algorithm: Algorithm | None = None,
+) -> Plan:
+    """Run the passes on a copy of a traced graph. `keep_text` keeps the text after each.
+
+    `algorithm` moves the buckets; by default that of the device's usual backend.
+    """
+    graph = traced.graph.copy()
+    graph.notes["collectives"] = algorithm or algorithm_for(graph.device)
+    if arriving is None:
+        arriving = default_arriving(graph)
+    spec = optimizer_of(config, graph.layout, client)
+    history = pipeline.run(
+        graph, passes_for(config, graph, tuple(arriving), spec), keep_text=keep_text
+    )
+    return Plan(graph, history, config, spec)
+
+
+def default_arriving(graph: TrainGraph) -> tuple[str, ...]:
+    """The loss, if the model returns one: an output so named, or a scalar as the first output."""
+    names = [r.name for r in graph.results if r.differentiable]
+    losses = [n for n in names if n.rpartition(".")[2] == "loss"]
+    if losses:
+        return tuple(losses)
+    first = next((n for n in graph.outputs("forward") if n is not None), None)
+    if (
+        names
+        and first is not None
+        and first.meta["val"].dim() == 0
+        and names[0] == graph.results[0].name
+    ):
+        return (names[0],)
+    return tuple(names)
+
+
+def passes_for(
+    config: ZeroConfig, graph: TrainGraph, arriving: tuple[str, ...], spec: OptimizerSpec | None
+) -> list[pipeline.Pass]:
+    """The pipeline. Stages differ in what each pass inserts, not in which passes run."""
+    zero = config.zero_optimization
+    max_live = zero.stage3_max_live_parameters
+    graph.notes.setdefault("collectives", algorithm_for(graph.device))
+    graph.notes["max_live"] = max_live
+    graph.notes["accumulation"] = config.batch(graph.world).accumulation
+    average = average_of(config, graph.world)
+    weighted = config.compile.weighted_accumulation
+    return [
+        Normalize(recast=zero.stage == 3),
+        Specialize(arriving),
+        Scale(),
+        Shard(zero.stage),
+        Gather(zero.stage3_max_reuse_distance),
+        Release(),
+        Reduce(1.0 if weighted else 1 / config.batch(graph.world).accumulation, average),
+        Update(
+            rule=spec.label if spec else "",
+            states=spec.states if spec else (),
+            scalars=len(spec.rule.scalars) if spec else 0,
+            average=average,
+            max_norm=config.gradient_clipping,
+            weighted=weighted,
+            measures=spec.measures if spec else False,
+        ),
+        Schedule(prefetch=zero.stage3_prefetch_bucket_size, max_live=max_live),
+    ]
+
+
+def average_of(config: ZeroConfig, world: int) -> Average:
+    """How the config's keys average gradients over ranks; the default divides after the sum."""
+    if config.prescale_gradients:
+        return Average(before=world)
+    mean = config.gradient_allreduce_op == "mean"
+    return Average(before=config.gradient_predivide_factor, mean=mean)

@@ -1,0 +1,93 @@
+"""Names of values in a text: numbers for aten ops in order, buckets and parameters for zero.*."""
+
+from typing import Any, cast
+
+from torch import fx
+
+from zerograph import ops
+from zerograph.ir import TrainGraph, bucket_of, is_call, role_of
+from zerograph.sizes import Sizes
+
+
+class Names(dict[fx.Node, str]):
+    """Names of nodes, and of the symbols in their shapes."""
+
+    sizes: Sizes
+
+
+def names_of(graph: TrainGraph) -> Names:
+    names = Names()
+    names.sizes = graph.sizes
+    for node in graph.placeholders():
+        role = role_of(node)
+        names[node] = {
+            "input": f"%{role.name}",
+            "buffer": f"%{role.name}",
+            "constant": f"%{role.name}",
+            "size": f"%{role.name}",
+            "param": f"%{role.name}",
+            "tangent": f"%d_{role.name}",
+            "hyper": "%hyper",
+            "used": "%used",
+            "scale": "%scale",
+            "weight": "%weight",
+            "state": "%" + role.name.replace("/", "."),
+        }.get(role.kind, f"%{role.name}.{role.kind}")
+    count = 0
+    for node in graph.nodes():
+        if ops.is_zero(node.target):
+            names[node] = _zero_name(node, names)
+        elif _is_of_finish(node):
+            names[node] = ("%norm", "%control")[cast(int, node.args[1])]
+        else:
+            names[node] = f"%{count}"
+            count += 1
+    return names
+
+
+def folded_names(names: Names) -> Names:
+    """Names in a skeleton: values of aten ops have no number, which torch's decompositions decide."""
+    folded = Names({n: name if is_kept(n) else "%_" for n, name in names.items()})
+    folded.sizes = names.sizes
+    return folded
+
+
+def is_kept(node: fx.Node) -> bool:
+    """Whether a skeleton shows a node: those of ZeRO, not those of aten."""
+    return node.op == "placeholder" or ops.is_zero(node.target) or _is_of_finish(node)
+
+
+def _zero_name(node: fx.Node, names: Names) -> str:
+    first = node.args[0]
+    if is_call(node, ops.wait, ops.put):
+        return names[cast(fx.Node, first)]
+    if is_call(node, ops.param):
+        return f"%{node.args[1]}"
+    if is_call(node, ops.finish):
+        return "%finish"
+    if is_call(node, ops.norm_partials):
+        return "%partial"
+    if is_call(node, ops.gather_partials):
+        return "%partials"
+    if is_call(node, ops.gather_norms):
+        return "%norms"
+    if is_call(node, ops.any_rank):
+        return "%used_anywhere"
+    if is_call(node, ops.sum_weights):
+        return "%weights"
+    suffix = {
+        ops.gather: "",
+        ops.grad_buffer: ".grad",
+        ops.reduce_scatter: ".mean",
+        ops.all_reduce: ".mean",
+        ops.accumulate: ".sum",
+        ops.measure: ".norms",
+        ops.sum_norms: ".totals",
+        ops.refresh: ".full",
+    }.get(cast(Any, node.target), "")
+    return f"%{bucket_of(node)}{suffix}"
+
+
+def _is_of_finish(node: fx.Node) -> bool:
+    source = node.args[0] if node.args else None
+    return isinstance(source, fx.Node) and is_call(source, ops.finish)

@@ -154,7 +154,7 @@ def random_op_again_in_the_backward(graph: TrainGraph) -> None:
     graph.set_outputs(saved=[*graph.outputs("saved"), again.args[0]])
 
 
-@fault(3, "reads wait_default.*keeps a parameter's storage alive")
+@fault(3, "reads wait_default.*, which the forward does not save")
 def gathered_bucket_saved_for_the_backward(graph: TrainGraph) -> None:
     find(graph, ops.param, "head.weight", "backward").replace_input_with(
         gathered(graph, "b3", "backward"), gathered(graph, "b3", "forward")
@@ -342,12 +342,12 @@ def double_release(graph: TrainGraph) -> None:
     repeat(graph, find(graph, ops.release, "b1", "backward"))
 
 
-@fault(3, "the gather of b1 in the backward is released in another region")
+@fault(3, "the gather of b1 in the backward is released in the step, and not kept for it")
 def release_in_another_region(graph: TrainGraph) -> None:
     move(find(graph, ops.release, "b1", "backward"), graph.first("step"), "step")
 
 
-@fault(3, "release.* in the backward reads wait.*, which the forward made")
+@fault(3, "release.* reads wait.*, which the forward does not save")
 def bucket_kept_from_the_forward_for_the_backward(graph: TrainGraph) -> None:
     move(find(graph, ops.release, "b1", "forward"), graph.first("backward"), "backward")
 

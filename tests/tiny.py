@@ -128,9 +128,12 @@ def batch(size: int = 4, width: int = WIDTH) -> dict[str, Tensor]:
 
 
 def config(stage: int, **more: Any) -> dict[str, Any]:
-    """A config with everything on that a small plan can show; `more` replaces top-level keys."""
+    """A config with everything on that a small plan can show; `more` replaces top-level keys.
+
+    The backward gathers again what the forward gathered.
+    """
     made: dict[str, Any] = {
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, "stage3_max_reuse_distance": 0},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
         "gradient_clipping": 1.0,
     }

@@ -145,6 +145,10 @@ class TrainGraph:
         current = dict(cast(dict[str, Any], self.output.args[0]))
         self.output.args = ({**current, **{k: tuple(v) for k, v in sections.items()}},)
 
+    def save(self, node: fx.Node) -> None:
+        """Have the forward keep one more value for the backward."""
+        self.set_outputs(saved=[*self.outputs("saved"), node])
+
     def add_placeholder(self, kind: str, name: str, value: Any) -> fx.Node:
         """A new input of the graph, after those that are there."""
         last = self.placeholders()

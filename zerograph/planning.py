@@ -142,13 +142,16 @@ def passes_for(
     graph.notes["max_live"] = max_live
     graph.notes["accumulation"] = config.batch(graph.world).accumulation
     average = average_of(config, graph.world)
+    across = arriving == default_arriving(
+        graph
+    )  # another backward runs behind the default's forward
     weighted = config.compile.weighted_accumulation
     return [
         Normalize(recast=zero.stage == 3),
         Specialize(arriving),
         Scale(),
         Shard(zero.stage),
-        Gather(zero.stage3_max_reuse_distance),
+        Gather(zero.stage3_max_reuse_distance, max_live, across),
         Release(),
         Reduce(1.0 if weighted else 1 / config.batch(graph.world).accumulation, average),
         Update(

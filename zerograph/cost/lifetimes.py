@@ -57,7 +57,7 @@ class Stored:
     death: int
     """Index of the last one."""
     saved: bool = False
-    """Whether the forward made it and keeps it for the backward."""
+    """Whether the forward computed it and keeps it for the backward."""
 
 
 @dataclass
@@ -168,7 +168,7 @@ class Lifetimes:
             self._extend(node, backward if gradient.kind == "kept" else end)
         for node in self.graph.outputs("saved"):
             for stored in self._extend(node, forward):
-                stored.saved = stored.category != "inputs"
+                stored.saved = stored.category not in ("inputs", "gathered")
 
     def _extend(self, node: fx.Node | None, stop: int) -> list[Stored]:
         """Let a value live until the call before `stop`; answers its storages."""

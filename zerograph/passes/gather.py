@@ -1,4 +1,4 @@
-"""gather: before a region's first use of a bucket, all-gather its shards (stage 3).
+"""gather: before a bucket's first use, all-gather its shards (stage 3).
 
     before                                     after
       %w = zero.param %b0.shard "w"              %b0 = zero.gather b0
@@ -6,24 +6,33 @@
                                                  %w = zero.param %b0 "w"
                                                  %1 = aten.mm(%x, %w)
 
-A bucket whose uses in one region lie more than `max_reuse_distance` elements of other buckets apart
-(an embedding tied to the head) is gathered again for the later ones. Gathers are placed just in time;
-`schedule` starts them earlier. ZeRO, arXiv:1910.02054 section 7.2.2.
+One gather serves all uses of a bucket that lie at most `max_reuse_distance` elements of other buckets apart,
+those of the forward and of the backward in one line (a distance of 0 keeps nothing for the backward). Beyond
+it, or where keeping the bucket would have more than `max_live` gathered elements alive, it is gathered again:
+buckets whose uses are nearest are kept first, since all save the same bytes per byte kept, and those are kept
+for the shortest time. Gathers are placed just in time; `schedule` starts them earlier. ZeRO,
+arXiv:1910.02054 section 7.2.2.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import ClassVar, cast
 
 from torch import fx
 
 from zerograph import ops
-from zerograph.ir import Region, TrainGraph, is_call, module_of, role_of
+from zerograph.ir import Region, TrainGraph, is_call, module_of, region_of, role_of
+from zerograph.passes.release import aliases, users_of_aliases
 
 
 @dataclass(frozen=True)
 class Gather:
     max_reuse_distance: int
+    max_live: int = 10**18
+    """Gathered elements that may be alive at once."""
+    across: bool = True
+    """Whether a bucket may be kept from the forward to the backward."""
 
     name: ClassVar[str] = "gather"
     requires: ClassVar[frozenset[str]] = frozenset({"sharded"})
@@ -32,43 +41,101 @@ class Gather:
     def apply(self, graph: TrainGraph) -> str:
         if graph.stage < 3:
             return "every rank holds the full buckets"
+        runs = self._runs(graph)
+        across = self.across and self.max_reuse_distance > 0
+        kept = _affordable(graph, runs, self.max_live) if across else ()
         count = 0
-        regions: tuple[Region, ...] = ("forward", "backward")
-        for region in regions:
-            for uses in list(self._runs(graph, region)):
-                _gather_for(graph, uses, region)
+        for run in runs:
+            for views in [run.views] if run in kept else run.by_region():
+                _gather_for(graph, views)
                 count += 1
-        return f"{count} gathers"
+        said = f", {len(kept)} buckets kept for the backward" if kept else ""
+        return f"{count} gathers{said}"
 
-    def _runs(self, graph: TrainGraph, region: Region) -> Iterator[list[fx.Node]]:
-        """Views of one bucket that one gather serves, in order of the first of each run."""
-        open_runs: dict[str, list[fx.Node]] = {}
-        distance: dict[str, int] = {}
-        views = self._by_use(graph, region)
-        for view, name in views:
-            if name in open_runs and distance[name] > self.max_reuse_distance:
-                yield open_runs.pop(name)
-            open_runs.setdefault(name, []).append(view)
-            for other in distance:
-                distance[other] += _size(view) if other != name else 0
-            distance[name] = 0
-        yield from open_runs.values()
-
-    def _by_use(self, graph: TrainGraph, region: Region) -> list[tuple[fx.Node, str]]:
-        """(view, bucket) of each use of a parameter in the order of use.
-
-        A parameter that is used far apart (a tied one) is split into one view a use here, so that
-        the runs can fall between its uses.
-        """
-        for view in [n for n in graph.nodes(region) if is_call(n, ops.param)]:
-            _one_view_per_use(graph, view, region)
-        found = [n for n in graph.nodes(region) if is_call(n, ops.param)]
-        return [(n, role_of(cast(fx.Node, n.args[0])).name) for n in found]
+    def _runs(self, graph: TrainGraph) -> list["_Run"]:
+        """Views of one bucket that one gather may serve, in order of the first of each run."""
+        found: list[_Run] = []
+        last: dict[str, _Run] = {}
+        passed = 0
+        for view, name in _by_use(graph):
+            run = last.get(name)
+            between = passed - run.passed if run is not None else 0
+            if run is None or between > self.max_reuse_distance:
+                run = last[name] = _Run(name)
+                found.append(run)
+            elif run.views and region_of(run.views[-1]) != region_of(view):
+                run.distance = between
+            passed += _size(view)
+            run.views.append(view)
+            run.passed = passed
+        return found
 
 
-def _one_view_per_use(graph: TrainGraph, view: fx.Node, region: Region) -> None:
+@dataclass(eq=False)
+class _Run:
+    """Uses of one bucket near each other."""
+
+    bucket: str
+    views: list[fx.Node] = field(default_factory=list)
+    passed: int = 0
+    """Elements used up to and with the last view."""
+    distance: int = 0
+    """Elements of other buckets between the forward's uses and the backward's."""
+
+    def by_region(self) -> list[list[fx.Node]]:
+        regions: tuple[Region, ...] = ("forward", "backward")
+        parts = [[v for v in self.views if region_of(v) == region] for region in regions]
+        return [part for part in parts if part]
+
+    @property
+    def crosses(self) -> bool:
+        return len(self.by_region()) == 2
+
+
+def _affordable(graph: TrainGraph, runs: list[_Run], max_live: int) -> set[_Run]:
+    """The runs that cross into the backward for which there is room, the nearest first."""
+    order = {node: index for index, node in enumerate(graph.graph.nodes)}
+
+    def interval(views: list[fx.Node]) -> tuple[int, int]:
+        readers = {user for view in views for user in aliases(view) | users_of_aliases(view)}
+        return order[views[0]], max(order[node] for node in readers)
+
+    size = {run: graph.layout.buckets[run.bucket].numel for run in runs}
+    alive = [(*interval(views), size[run]) for run in runs for views in run.by_region()]
+    kept: set[_Run] = set()
+    crossing = [run for run in runs if run.crosses]
+    for run in sorted(crossing, key=lambda run: (run.distance, -order[run.views[0]])):
+        apart = [(*interval(views), size[run]) for views in run.by_region()]
+        trial = [each for each in alive if each not in apart] + [(*interval(run.views), size[run])]
+        if _peak(trial) <= max_live:
+            alive, kept = trial, kept | {run}
+    return kept
+
+
+def _peak(intervals: Iterable[tuple[int, int, int]]) -> int:
+    """The most elements alive at once, of (first, last, elements)."""
+    changes: dict[int, int] = {}
+    for first, last, elements in intervals:
+        changes[first] = changes.get(first, 0) + elements
+        changes[last + 1] = changes.get(last + 1, 0) - elements
+    return max(accumulate(changes[at] for at in sorted(changes)), default=0)
+
+
+def _by_use(graph: TrainGraph) -> list[tuple[fx.Node, str]]:
+    """(view, bucket) of each use of a parameter in the order of use.
+
+    A parameter that is used far apart (a tied one) is split into one view a use here, so that the runs can
+    fall between its uses.
+    """
+    for view in [n for n in graph.nodes() if is_call(n, ops.param)]:
+        _one_view_per_use(graph, view)
+    found = [n for n in graph.nodes() if is_call(n, ops.param)]
+    return [(n, role_of(cast(fx.Node, n.args[0])).name) for n in found]
+
+
+def _one_view_per_use(graph: TrainGraph, view: fx.Node) -> None:
     for user in sorted(view.users)[1:]:
-        with graph.inserting(user, region, module_of(user)) as insert:
+        with graph.inserting(user, region_of(view), module_of(user)) as insert:
             again = insert(ops.param, *view.args)
         user.replace_input_with(view, again)
 
@@ -77,18 +144,20 @@ def _size(view: fx.Node) -> int:
     return int(view.meta["val"].numel())
 
 
-def _gather_for(graph: TrainGraph, views: list[fx.Node], region: Region) -> None:
-    """One gather and wait before the first view; views of the same parameter become one again."""
-    shard = cast(fx.Node, views[0].args[0])
+def _gather_for(graph: TrainGraph, views: list[fx.Node]) -> None:
+    """One gather and wait before the first view; a region's views of one parameter become one again."""
+    shard, region = cast(fx.Node, views[0].args[0]), region_of(views[0])
     bucket = role_of(shard).name
     with graph.inserting(views[0], region, graph.layout.buckets[bucket].block) as insert:
         full = insert(ops.wait, insert(ops.gather, shard, bucket, graph.world))
-    first: dict[str, fx.Node] = {}
+    first: dict[tuple[Region, str], fx.Node] = {}
     for view in views:
-        name = cast(str, view.args[1])
-        if name in first:
-            view.replace_all_uses_with(first[name])
+        key = region_of(view), cast(str, view.args[1])
+        if key in first:
+            view.replace_all_uses_with(first[key])
             graph.graph.erase_node(view)
         else:
-            first[name] = view
+            first[key] = view
             view.replace_input_with(shard, full)
+    if region_of(views[-1]) != region:
+        graph.save(full)

@@ -7,7 +7,8 @@
       %1 = aten.mm(%x, %w)                       %1 = aten.mm(%x, %w)
                                                  zero.release %b0
 
-The last use is that of any view of the bucket: `%t = aten.t(%w)` lives as long as `%t` is read.
+The last use is that of any view of the bucket: `%t = aten.t(%w)` lives as long as `%t` is read. That of a
+bucket which the forward keeps is in the backward.
 """
 
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class Release:
         for full in gathered:
             last = max(aliases(full) | users_of_aliases(full), key=order.__getitem__)
             bucket = cast(str, cast(fx.Node, full.args[0]).args[1])
-            with graph.inserting(last.next, region_of(full), full.meta["module"]) as insert:
+            with graph.inserting(last.next, region_of(last), full.meta["module"]) as insert:
                 insert(ops.release, full, bucket)
         return f"{len(gathered)} releases"
 

@@ -69,8 +69,9 @@ def gathers_are_released(graph: TrainGraph) -> Iterator[str]:
         if len(releases) != 1:
             yield f"{say(node)} has {len(releases)} releases, not one"
             continue
-        if region_of(releases[0]) != region_of(node):
-            yield f"{say(node)} is released in another region"
+        later = region_of(releases[0]) != region_of(full)
+        if later and full not in graph.outputs("saved"):
+            yield f"{say(node)} is released in the {region_of(releases[0])}, and not kept for it"
         for user in users_of_aliases(full):
             if releases[0] < user:
                 yield f"{user.name} reads bucket {node.args[1]} after its release"

@@ -45,7 +45,8 @@ def saved_is_no_parameter(graph: TrainGraph) -> Iterator[str]:
     for node in graph.nodes("backward"):
         for source in node.all_input_nodes:
             crosses = source.op == "call_function" and region_of(source) == "forward"
-            if crosses and _comes_from(source, kinds):
+            gathered = is_call(node, ops.param, ops.release) and _is_gathered(source)
+            if crosses and not gathered and _comes_from(source, kinds):
                 yield (
                     f"{node.name} in the backward reads {source.name}, which the forward made and "
                     "which keeps a parameter's storage alive"
@@ -55,7 +56,8 @@ def saved_is_no_parameter(graph: TrainGraph) -> Iterator[str]:
 def results_are_no_parameter(graph: TrainGraph) -> Iterator[str]:
     for section in ("forward", "saved", "backward", "step"):
         for node in graph.outputs(section):
-            if node is not None and _comes_from(node, ("param", "full", "shard")):
+            kept = section == "saved" and node is not None and _is_gathered(node)
+            if node is not None and not kept and _comes_from(node, ("param", "full", "shard")):
                 yield f"{section} output {node.name} shares storage with a parameter"
 
 
@@ -67,6 +69,12 @@ def old_buffers_are_kept(graph: TrainGraph) -> Iterator[str]:
             for user in node.users:
                 if user.op != "output" and region_of(user) == "backward":
                     yield f"{user.name} reads buffer {role_of(node).name} after its update"
+
+
+def _is_gathered(node: fx.Node) -> bool:
+    """Whether a value is a whole gathered bucket, which a release ends, or one under way."""
+    source = node.args[0] if is_call(node, ops.wait) else node
+    return isinstance(source, fx.Node) and is_call(source, ops.gather)
 
 
 def _comes_from(node: fx.Node, kinds: tuple[str, ...]) -> bool:

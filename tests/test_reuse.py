@@ -1,0 +1,83 @@
+"""Buckets that are kept gathered: which, for how long, and within which bound."""
+
+from typing import Any
+
+import pytest
+
+from tests import tiny
+from zerograph import ops
+from zerograph.config import load_config
+from zerograph.cost import peak_gathered
+from zerograph.ir import is_call, region_of
+from zerograph.plan import Plan
+from zerograph.planning import default_arriving, plan_of
+
+FAR = 10**9
+
+
+def planned(reuse: int, max_live: int = FAR, prefetch: int = 0, **more: Any) -> Plan:
+    """Blocks of 128, 192, 192 and 128 elements on four ranks."""
+    zero = {"stage": 3, "stage3_max_reuse_distance": reuse, "stage3_max_live_parameters": max_live}
+    zero["stage3_prefetch_bucket_size"] = prefetch
+    return tiny.planned(tiny.trace_of("blocks", 4), 3, zero_optimization=zero, **more)
+
+
+def gathered(plan: Plan, region: Any) -> list[str]:
+    return [str(n.args[1]) for n in plan.graph.nodes(region) if is_call(n, ops.gather)]
+
+
+def kept(plan: Plan) -> list[str]:
+    """Buckets that the forward gathers and the backward releases, in the order of the release."""
+    releases = [n for n in plan.graph.nodes("backward") if is_call(n, ops.release)]
+    return [str(n.args[1]) for n in releases if region_of(n.args[0]) == "forward"]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "distance, expected",
+    [(0, ""), (1, "b3"), (143, "b3"), (10**3, "b3 b2 b1")],
+)
+def test_a_bucket_that_is_used_again_within_the_distance_is_kept(
+    distance: int, expected: str
+) -> None:
+    plan = planned(distance)
+    assert kept(plan)[: len(expected.split())] == expected.split()
+    assert sorted(gathered(plan, "forward")) == ["b0", "b1", "b2", "b3"]
+    again = gathered(plan, "backward")
+    assert again == [b for b in ("b3", "b2", "b1") if b not in kept(plan)]
+
+
+def test_the_nearest_are_kept_where_the_bound_has_no_room_for_all() -> None:
+    """Just in time 192 elements are alive; b3 and b2 together are 320, and b1 beside them 512."""
+    assert [kept(planned(FAR, max_live=bound)) for bound in (192, 320, 512)] == [
+        ["b3"],
+        ["b3", "b2"],
+        ["b3", "b2", "b1"],
+    ]
+    for bound in (192, 320, 512):
+        assert peak_gathered(planned(FAR, max_live=bound).graph) <= bound
+
+
+def test_what_is_kept_is_saved_and_counted_as_gathered() -> None:
+    apart, plan = planned(0), planned(FAR)
+    names = {n.name for n in plan.graph.outputs("saved") if n is not None}
+    full = [n for n in plan.graph.nodes("forward") if is_call(n, ops.wait)]
+    assert {n.name for n in full if gathered_by(n) in kept(plan)} <= names
+    assert plan.memory.saved == apart.memory.saved, "a gathered bucket is no activation"
+    assert plan.memory.gathered > apart.memory.gathered
+    assert plan.traffic["gather"].nbytes < apart.traffic["gather"].nbytes
+
+
+def gathered_by(wait: Any) -> str:
+    return str(wait.args[0].args[1])
+
+
+def test_a_backward_for_other_gradients_keeps_nothing() -> None:
+    """It runs behind the forward that was planned for the loss."""
+    trace = tiny.trace_of("blocks", 4)
+    names = [r.name for r in trace.graph.results if r.differentiable]
+    config = load_config(tiny.config(3, zero_optimization={"stage": 3}))
+    assert kept(plan_of(trace, config))
+    other = [n for n in names if (n,) != default_arriving(trace.graph)]
+    for name in other:
+        assert not kept(plan_of(trace, config, (name,)))
+    assert other

@@ -14,7 +14,7 @@ begins with what the kernel is, whom it serves and the bytes that it moves, then
 
 The text depends on the arguments alone, to the byte. Targets are "triton" and "cpp", and of an update
 also "torch" (where no compiler is there) and "numpy" (float64, for tests). Templates lay code out;
-what a rule does is in rules.py, how an operation is written in expr.py.
+what a rule does is in rules/, how an operation is written in expr.py.
 """
 
 from collections.abc import Sequence

@@ -26,9 +26,8 @@ LAMB = {"type": "Lamb", "params": {"lr": 1e-2, "weight_decay": 0.1, "max_coeff":
 TRAINED: dict[str, dict[str, Any]] = {
     "plain": {},
     "clipped": {"gradient_clipping": 0.05},
-    "bf16": {"bf16": {"enabled": True}, "communication_data_type": "fp32"},
+    "bf16": {"bf16": {"enabled": True}},
 }
-"""Gradients are reduced in fp32, so that those that are read before the step are those of the step."""
 SKIPPING: dict[str, dict[str, Any]] = {
     "bf16": {"bf16": {"enabled": True}},
     "fp16": {"fp16": {"enabled": True, "loss_scale": 64.0}},

@@ -65,7 +65,8 @@ def compile(
     Under torchrun every rank calls this; otherwise the world is one process.
     `device` is the current CUDA device if there is one, else the CPU. Nothing is captured yet.
 
-    Raises ConfigError for the config, PlanError for the model or groups, AgreementError if ranks differ.
+    Raises ConfigError for the config, PlanError for the model or groups, AgreementError if ranks differ (also
+    in what runs their kernels, and how), KernelError for a wrong ZEROGRAPH_KERNELS or launch table.
     """
     loaded = load_config(config)
     return Engine(model, loaded, current_world(device), param_groups, optimizer)
@@ -103,6 +104,7 @@ class Engine:
         self._agreement.agree(
             f"the layout of {type(model).__name__}", self._layout_lines(layout, spec)
         )
+        self._agreement.agree_on_kernels(type(model).__name__)
         states = spec.states if spec else ()
         self.state = State.take_over(model, layout, precision, stage, world, states)
         self.optimizer: ShardedOptimizer | None = (

@@ -20,7 +20,7 @@ def test_packing(call: Targets, target: str, source: torch.dtype, given: torch.d
     for size, scale in itertools.product((1, 15, 16, 17, 2049), (1.0, 0.125, 1 / 3)):
         grad, bucket = values(size, source), torch.full((size + 48,), 9.0, dtype=given)
         real = F64 if source == F64 else F32
-        right = (grad.to(real) * torch.tensor(scale).to(real)).to(given)
+        right = (grad.to(given).to(real) * torch.tensor(scale).to(real)).to(given)
         call(target, "pack", grad, bucket, 32, scale)
         assert torch.equal(bucket[32 : 32 + size], right)
         assert (bucket[:32] == 9).all() and (bucket[32 + size :] == 9).all()

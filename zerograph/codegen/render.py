@@ -86,7 +86,8 @@ def _what(spec: Spec) -> list[str]:
     if isinstance(spec, Finish):
         return ["the global norm, the factor of gradients, and whether the update applies"]
     where = "into its place in a bucket" if spec.kind == "pack" else "out of a bucket"
-    return [f"a contiguous tensor {where}, cast and scaled"]
+    how = "cast, then scaled" if spec.rounds_first else "cast and scaled"
+    return [f"a contiguous tensor {where}, {how}"]
 
 
 def _values(spec: Spec, target: str) -> dict[str, Any]:
@@ -99,6 +100,7 @@ def _values(spec: Spec, target: str) -> dict[str, Any]:
     return {
         "taken": SHORT[spec.source],
         "given": SHORT[spec.target],
+        "rounds_first": spec.rounds_first,
         "real": "f64" if spec.double else "f32",
     }
 

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from zerograph import ops
-from zerograph.codegen import dispatch, kernels
+from zerograph.codegen import dispatch, kernels, packing
 from zerograph.ir import Region, Role, TrainGraph, is_call, role_of
 
 c10d = torch.ops._c10d_functional
@@ -199,7 +199,8 @@ def _gaps(graph: TrainGraph, node: fx.Node, bucket: str, numel: int) -> list[tup
 
 def _put(b: _Builder, node: fx.Node) -> fx.Node:
     buffer, grad, _, offset, size, stride = b.args(node)
-    return b.call(kernels.put, buffer, grad, offset, size, stride)
+    target = kernels.put if packing.kernel_of(node) is None else kernels.pack
+    return b.call(target, buffer, grad, offset, size, stride, packing.scale_of(node))
 
 
 def _is_mean(pre: float, post: float, world: int) -> bool:
@@ -212,7 +213,7 @@ def _reduced(b: _Builder, node: fx.Node) -> tuple[fx.Node, str]:
     buffer, _, pre, post, world = b.args(node)
     if _is_mean(pre, post, world):
         return buffer, "avg"
-    if b.graph.world > 1 and pre != 1.0:
+    if b.graph.world > 1 and pre != 1.0 and not packing.is_scaled(cast(fx.Node, node.args[0])):
         buffer = b.call(torch.ops.aten.mul_.Scalar, buffer, pre)
     return buffer, "sum"
 

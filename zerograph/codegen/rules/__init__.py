@@ -12,7 +12,7 @@ from zerograph.codegen.rules.adagrad import ADAGRAD
 from zerograph.codegen.rules.adam import ADAM, ADAMW
 from zerograph.codegen.rules.lamb import LAMB
 from zerograph.codegen.rules.lion import LION
-from zerograph.codegen.rules.rule import Body, Described, Flags, Kind, Options, Run
+from zerograph.codegen.rules.rule import TINY, Body, Described, Flags, Kind, Options, Run
 from zerograph.codegen.rules.sgd import SGD
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "LION",
     "RULES",
     "SGD",
+    "TINY",
     "Body",
     "Described",
     "Flags",

@@ -57,5 +57,6 @@ LAMB = Described(
     host=_host,
     body=_body,
     apply=_apply,
+    divides_by=("eps",),
     source="LAMB, arXiv:1904.00962 algorithm 2, with bounds of the trust ratio",
 )

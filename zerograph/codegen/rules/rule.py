@@ -14,6 +14,8 @@ from zerograph.codegen.expr import Block, fma
 Options = Mapping[str, Any]
 Flags = frozenset[str]
 Body = Callable[[Block, Flags], None]
+TINY = 2.0**-126
+"""The smallest normal number of fp32: smaller ones may be 0 in a kernel."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,20 @@ class Described(Kind):
     apply: Body | None = None
     """Of a rule that needs norms of whole parameters: a second launch, which has `trust`, a scalar, and
     assigns `param`; the first assigns the states and `change`, whose norms and the parameters' are taken."""
+
+    divides_by: tuple[str, ...] = ()
+    """Options that would make 0 / 0 where gradients are zero, padding included, if they were 0 in fp32."""
+
+    def refused(self, options: Options) -> str:
+        """Why a group cannot have these options; empty if it can."""
+        for name in self.divides_by:
+            if not float(options[name]) >= TINY:
+                return (
+                    f"{name}={float(options[name])}, and {self.name} needs at least {TINY:.1e} (fp32's "
+                    f"smallest normal number): where gradients are zero its change would be 0 / 0, and "
+                    f"the norm of all of them NaN; the default is {self.defaults[name]}"
+                )
+        return ""
 
     def flags(self, options: Options) -> Flags:
         """The switches that are not zero or false."""

@@ -1,6 +1,7 @@
 """Settings of the whole test run: one thread, no network, and zerograph's own pytest plugin."""
 
 import os
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
@@ -9,6 +10,7 @@ os.environ["ZEROGRAPH_LAUNCH"] = ""  # launch settings as the package has them
 import pytest
 import torch
 
+from tests.kernels import Targets
 from zerograph import pytest_plugin
 
 torch.set_num_threads(1)
@@ -25,6 +27,14 @@ def torchs_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels in torch operations, for tests that compare training with torch.optim bit for bit.
 
     torch's square root on the CPU is not correctly rounded, so no other target can have its bits.
-    test_kernels.py compares the other targets with torch.optim.
+    test_kernel_torch.py compares the other targets with torch.optim.
     """
     monkeypatch.setenv("ZEROGRAPH_KERNELS", "torch")
+
+
+@pytest.fixture(scope="session")
+def call() -> Iterator[Targets]:
+    """Calls a generated kernel on a target by name; Triton's interpreter is started at its first call."""
+    made = Targets()
+    yield made
+    made.close()

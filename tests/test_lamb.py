@@ -14,8 +14,9 @@ from tests import tiny
 from tests.ranks import run_ranks
 from tests.test_cost import TWICE
 from zerograph import ops
-from zerograph.codegen.rules import RULES, rule_of
+from zerograph.codegen.rules import RULES, TINY, rule_of
 from zerograph.cost import work_of
+from zerograph.errors import PlanError
 from zerograph.ir import is_call
 from zerograph.runtime.norms import by_parameter, by_run
 
@@ -25,9 +26,8 @@ LAMB = {"type": "Lamb", "params": {"lr": 1e-2, "weight_decay": 0.1, "max_coeff":
 TRAINED: dict[str, dict[str, Any]] = {
     "plain": {},
     "clipped": {"gradient_clipping": 0.05},
-    "bf16": {"bf16": {"enabled": True}, "communication_data_type": "fp32"},
+    "bf16": {"bf16": {"enabled": True}},
 }
-"""Gradients are reduced in fp32, so that those that are read before the step are those of the step."""
 SKIPPING: dict[str, dict[str, Any]] = {
     "bf16": {"bf16": {"enabled": True}},
     "fp16": {"fp16": {"enabled": True, "loss_scale": 64.0}},
@@ -275,6 +275,36 @@ def _resumed(rank: int, world: int, stage: int) -> bool:
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_states_are_saved_and_loaded(stage: int) -> None:
     assert run_ranks(2, _resumed, stage) == [True, True]
+
+
+# Refused
+
+
+def test_eps_0_of_a_group_is_refused() -> None:
+    """Also what is 0 in fp32, in the config as well, and a change while training."""
+    for eps in (0.0, 1e-50, math.nan):
+        model = blocks()
+        given = groups(model)
+        given[1]["eps"] = eps
+        config = {"optimizer": LAMB}
+        with pytest.raises(PlanError, match=r"parameter group 1 has eps=.*lamb needs .*1e-08"):
+            zerograph.compile(model, config, param_groups=given)
+    with pytest.raises(PlanError, match="parameter group 0 has eps=1e-50"):
+        compiled(blocks(), 3, optimizer={"type": "Lamb", "params": {"eps": 1e-50}})
+    engine = compiled(blocks(), 3)
+    engine.optimizer.param_groups[1]["eps"] = 0.0
+    with pytest.raises(PlanError, match=r"parameter group 1 now has eps=0\.0"):
+        step(engine, 0)
+
+
+def test_the_smallest_eps_trains() -> None:
+    """Gradients of zero, padding among them, with the least eps that is not refused."""
+    model = blocks()
+    given = [{**group, "eps": TINY} for group in groups(model)]
+    engine = zerograph.compile(model, {"optimizer": LAMB}, param_groups=given)
+    engine.backward(engine(**tiny.batch(4, WIDTH))["loss"] * 0)
+    engine.step()
+    assert all(value.isfinite().all() for value in engine.destroy().state_dict().values())
 
 
 # The graph

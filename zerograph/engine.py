@@ -24,10 +24,12 @@ from zerograph.client import Given
 from zerograph.config import ZeroConfig, load_config
 from zerograph.errors import PlanError
 from zerograph.plan import Plan
+from zerograph.planning import average_of
 from zerograph.runtime import values
 from zerograph.runtime.flat import optimizer_on
 from zerograph.runtime.key import call_of
 from zerograph.runtime.lr_schedule import scheduler_of
+from zerograph.runtime.means import Means
 from zerograph.runtime.optimizer import ShardedOptimizer
 from zerograph.runtime.parameters import Parameters
 from zerograph.runtime.place import place
@@ -60,7 +62,8 @@ def compile(
     Under torchrun every rank calls this; otherwise the world is one process.
     `device` is the current CUDA device if there is one, else the CPU. Nothing is captured yet.
 
-    Raises ConfigError for the config, PlanError for the model or groups, AgreementError if ranks differ.
+    Raises ConfigError for the config, PlanError for the model or groups, AgreementError if ranks differ (also
+    in what runs their kernels, and how), KernelError for a wrong ZEROGRAPH_KERNELS or launch table.
     """
     loaded = load_config(config)
     return Engine(model, loaded, current_world(device), param_groups, optimizer)
@@ -84,6 +87,7 @@ class Engine:
         self.batch = config.batch(world.size)
         self._planner = Planner.of(model, config, world, param_groups, optimizer)
         layout, spec = self._planner.layout()
+        self._planner.agreement.agree_on_kernels(type(model).__name__)
         stage, precision = config.zero_optimization.stage, self._planner.precision
         states = spec.states if spec else ()
         self.state = State.take_over(model, layout, precision, stage, world, states)
@@ -92,6 +96,7 @@ class Engine:
         )
         self.lr_scheduler: LRScheduler | None = scheduler_of(config, self.optimizer)
         self.micro_steps = 0
+        self._means = Means(self.state, average_of(config, world.size))
         self._updates = Updates.of(config, self.state, self.optimizer)
         self._programs = Programs(type(model).__name__)
         self._plan: Plan | None = None
@@ -225,11 +230,13 @@ class Engine:
     def gradients(self) -> dict[str, Tensor | None]:
         """Every trainable parameter's mean gradient so far, full, by name; call it on all ranks.
 
-        Loss scale and weights are divided out, in the dtype that gradients are kept in. None for a
-        parameter that received none on this rank since the last update.
+        It is what a step would reduce now, rounded as the step does, before clipping. Loss scale and weights
+        are divided out, in the dtype that gradients are kept in. None for a parameter that received none
+        on this rank since the last update.
         """
         self.require_alive()
-        return values.gradients(self.state, self._updates.used, self._updates.divisor())
+        means = self._means.full()
+        return values.gradients(self.state, means, self._updates.used, self._updates.divisor())
 
     # Values
 

@@ -57,4 +57,6 @@ def optimizer_of(
                 f"parameter group {index} sets {', '.join(unknown)}, which {rule.name} does not "
                 f"have; it has {', '.join(base)}"
             )
+        if refused := rule.refused({**base, **group}):
+            raise PlanError(f"parameter group {index} has {refused}")
     return OptimizerSpec(rule, tuple({**base, **group} for group in layout.groups))

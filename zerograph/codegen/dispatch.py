@@ -109,7 +109,7 @@ def _limit(max_norm: float, device: torch.device) -> Tensor:
 def pack(
     grad: Tensor, bucket: Tensor, offset: int, scale: float = 1.0, target: Target | None = None
 ) -> None:
-    """Copy `grad` (dense, in memory order) to `bucket[offset:]`, times `scale`, cast."""
+    """Copy `grad` (dense, in memory order) to `bucket[offset:]`, cast, then times `scale`."""
     flat = grad.as_strided((grad.numel(),), (1,))
     place = bucket.narrow(0, offset, grad.numel())
     _copy(Copy("pack", grad.dtype, bucket.dtype), flat, place, scale, target)
@@ -127,7 +127,9 @@ def unpack(
 def _copy(spec: Copy, source: Tensor, given: Tensor, scale: float, target: Target | None) -> None:
     target = target or target_of(source.device)
     size = source.numel()
-    if target == "torch":
+    if target == "torch" and spec.rounds_first:
+        given.copy_(source).mul_(scale)
+    elif target == "torch":
         real = torch.float64 if spec.double else torch.float32
         given.copy_(source.to(real) * _scale(scale, torch.device("cpu")).to(real))
     elif target == "cpp":

@@ -1,5 +1,6 @@
-"""Which kernels the step of a planned graph launches, and what each of them serves.
+"""Which kernels a planned graph launches, and what each of them serves.
 
+    zero.put %b0.grad, %8 "w"                            pack_f32_f32 (packing.py)  b0
     %part = zero.norm_partials [%b0.mean, %b1.mean]      norm_f32                   b0, b1
     %finish = zero.finish %part, max_norm=1.0            finish_clip
     zero.update %b0.shard, %b0.mean, ..                  update_adamw_f32_f32       b0
@@ -16,10 +17,11 @@ from typing import Any, Literal, cast
 from torch import fx
 
 from zerograph import ops
+from zerograph.codegen.packing import kernel_of
 from zerograph.codegen.render import SUFFIX, render
 from zerograph.codegen.rules import Described, Flags, Kind
 from zerograph.codegen.spec import Finish, Norm, Spec, Update
-from zerograph.ir import TrainGraph, is_call
+from zerograph.ir import TrainGraph, bucket_of, is_call
 
 Source = Literal["cpp", "triton"]
 SOURCES: tuple[Source, ...] = ("cpp", "triton")
@@ -42,7 +44,7 @@ class Used:
 
 
 def kernels_of(graph: TrainGraph, rule: Kind | None, groups: Groups) -> tuple[Used, ...]:
-    """Every kernel of the graph's step, in the order of its first launch."""
+    """Every kernel of the graph, in the order of its first launch."""
     served: dict[Spec, list[tuple[str, int]]] = {}
     for spec, serves in _launches(graph, rule, groups):
         served.setdefault(spec, []).extend(serves)
@@ -62,14 +64,27 @@ def files(kernels: Sequence[Used]) -> dict[str, str]:
 Launch = tuple[Spec, list[tuple[str, int]]]
 
 
+def _packs(graph: TrainGraph) -> Iterator[Launch]:
+    """Of the backward: gradients that are scaled on their way into a buffer, summed by bucket."""
+    found: dict[tuple[Spec, str], int] = {}
+    for node in graph.nodes("backward"):
+        spec = kernel_of(node) if is_call(node, ops.put) else None
+        if spec is not None:
+            key, numel = (spec, bucket_of(node)), node.args[1].meta["val"].numel()  # type: ignore[union-attr]
+            found[key] = found.get(key, 0) + numel
+    for (kernel, bucket), numel in found.items():
+        yield kernel, [(_called(graph, bucket), numel)]
+
+
 def _launches(graph: TrainGraph, rule: Kind | None, groups: Groups) -> Iterator[Launch]:
+    yield from _packs(graph)
     updates = [node for node in graph.nodes("step") if is_call(node, ops.update)]
-    bucket_of = {node.args[1]: cast(str, node.args[7]) for node in updates}
+    gradient_of = {node.args[1]: cast(str, node.args[7]) for node in updates}
     for node in graph.nodes("step"):
         if is_call(node, ops.norm_partials):
             for grad in cast(list[fx.Node], node.args[0]):
                 value = grad.meta["val"]
-                serves = [(_called(graph, bucket_of[grad]), value.numel())]
+                serves = [(_called(graph, gradient_of[grad]), value.numel())]
                 yield Norm(value.dtype), serves
         elif is_call(node, ops.finish):
             _, divided, max_norm, skips = cast(tuple[Any, ...], node.args)

@@ -14,7 +14,7 @@ begins with what the kernel is, whom it serves and the bytes that it moves, then
 
 The text depends on the arguments alone, to the byte. Targets are "triton" and "cpp", and of an update
 also "torch" (where no compiler is there) and "numpy" (float64, for tests). Templates lay code out;
-what a rule does is in rules.py, how an operation is written in expr.py.
+what a rule does is in rules/, how an operation is written in expr.py.
 """
 
 from collections.abc import Sequence
@@ -86,7 +86,8 @@ def _what(spec: Spec) -> list[str]:
     if isinstance(spec, Finish):
         return ["the global norm, the factor of gradients, and whether the update applies"]
     where = "into its place in a bucket" if spec.kind == "pack" else "out of a bucket"
-    return [f"a contiguous tensor {where}, cast and scaled"]
+    how = "cast, then scaled" if spec.rounds_first else "cast and scaled"
+    return [f"a contiguous tensor {where}, {how}"]
 
 
 def _values(spec: Spec, target: str) -> dict[str, Any]:
@@ -99,6 +100,7 @@ def _values(spec: Spec, target: str) -> dict[str, Any]:
     return {
         "taken": SHORT[spec.source],
         "given": SHORT[spec.target],
+        "rounds_first": spec.rounds_first,
         "real": "f64" if spec.double else "f32",
     }
 

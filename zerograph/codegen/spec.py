@@ -168,7 +168,10 @@ class Finish:
 
 @dataclass(frozen=True)
 class Copy:
-    """A contiguous piece [n] cast and multiplied by `scale` fp32 []: "pack" into a bucket, or "unpack"."""
+    """A contiguous piece [n] cast and multiplied by `scale` fp32 []: "pack" into a bucket, or "unpack".
+
+    "pack" rounds to the target's dtype before it multiplies, as `copy_` and `mul_` do.
+    """
 
     kind: Literal["pack", "unpack"]
     source: torch.dtype
@@ -181,6 +184,11 @@ class Copy:
     @property
     def double(self) -> bool:
         return torch.float64 in (self.source, self.target)
+
+    @property
+    def rounds_first(self) -> bool:
+        """Whether the product is of a value that the cast has rounded."""
+        return self.kind == "pack" and torch.promote_types(self.source, self.target) != self.target
 
     @property
     def nbytes(self) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from zerograph.codegen import cpp, gpu
+from zerograph.codegen.launch import shipped
 from zerograph.codegen.render import render
 from zerograph.codegen.spec import Spec
 from zerograph.errors import KernelError, KernelWarning
@@ -31,6 +32,21 @@ def target_of(device: torch.device) -> Target:
     if device.type == "cpu":
         return "cpp" if cpp.available() else "torch"
     return "triton" if device.type == "cuda" and _has_triton(device.type) else "torch"
+
+
+def choices(device: torch.device) -> list[str]:
+    """What decides the bits of a sum on `device`, a line each: the target, and Triton's launch settings.
+
+    Settings are those that the device's architecture has in this machine's table; C++ and torch have none.
+    """
+    target = target_of(device)
+    lines = [f"{device.type} kernels run by {target}"]
+    if target != "triton":
+        return lines
+    chosen = {family: gpu.chosen(family, device) for family in shipped()}
+    return lines + [
+        f"{f} is launched with block {c.block}, warps {c.warps}" for f, c in chosen.items()
+    ]
 
 
 @cache

@@ -8,6 +8,7 @@ are small; the one of tiles is kept on the device from step to step.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from zerograph.codegen import gpu, plain
 from zerograph.codegen.rules import Described, Flags, Options, Run
-from zerograph.codegen.spec import RUN_ALIGN, Update
+from zerograph.codegen.spec import RUN_ALIGN, Phase, Update
 from zerograph.codegen.targets import Target, call, native, target_of
 
 Tile = tuple[int, ...]
@@ -43,11 +44,9 @@ def update(
     multiples of 16 elements on a GPU. `control` is fp32 [2]: what gradients are multiplied by, and
     0 where nothing may be touched. Groups that differ in flags take a launch for each set of them.
     """
-    for flags, ranges, rows in _variants(rule, groups, runs):
-        last = low.dtype if low is not None else None
-        spec = Update(rule.name, flags, grad.dtype, master.dtype, last, control is not None)
-        given = ranges, rows, control, None, grad, [states[name] for name in spec.states]
-        _launch(target or target_of(master.device), spec, *given, low, master)
+    arrays = _Arrays(master, states, control, grad, low)
+    for launch in _launches(rule, groups, runs, arrays, "whole"):
+        _run(launch, arrays, target or target_of(master.device))
 
 
 def measure(
@@ -66,17 +65,15 @@ def measure(
     belongs to one parameter; the sums over its runs on all ranks are what `apply` takes.
     """
     target = target or target_of(master.device)
+    arrays = _Arrays(master, states, control, grad)
     totals = torch.zeros(len(runs), 2, dtype=torch.float64, device=master.device)
-    for flags, ranges, rows in _variants(rule, groups, runs):
-        free = control is not None
-        spec = Update(rule.name, flags, grad.dtype, master.dtype, None, free, "measure")
-        given = ranges, rows, control, None, grad, [states[name] for name in spec.states]
-        sums, bounds = _launch(target, spec, *given, None, master)
-        own = torch.empty(len(ranges), 2, dtype=torch.float64, device=master.device)
-        _total(target, spec, sums, bounds, own)
-        if len(ranges) == len(runs):
+    for launch in _launches(rule, groups, runs, arrays, "measure"):
+        sums, bounds = _run(launch, arrays, target)
+        own = torch.empty(len(launch.ranges), 2, dtype=torch.float64, device=master.device)
+        _total(target, launch.spec, sums, bounds, own)
+        if len(launch.ranges) == len(runs):
             return own
-        for place, (*_, run) in enumerate(ranges):
+        for place, (*_, run) in enumerate(launch.ranges):
             totals[run] = own[place]
     return totals
 
@@ -93,62 +90,79 @@ def apply(
     target: Target | None = None,
 ) -> None:
     """The second launch: updates parameters, with sums of squares over whole ones, float64 [runs, 2]."""
-    for flags, ranges, rows in _variants(rule, groups, runs):
-        last = low.dtype if low is not None else None
-        free, dtype = control is not None, master.dtype
-        spec = Update(rule.name, flags, dtype, dtype, last, free, "apply")
-        given = ranges, rows, control, norms, None, [states[name] for name in spec.states]
-        _launch(target or target_of(master.device), spec, *given, low, master)
+    arrays = _Arrays(master, states, control, low=low, norms=norms)
+    for launch in _launches(rule, groups, runs, arrays, "apply"):
+        _run(launch, arrays, target or target_of(master.device))
 
 
-Variant = tuple[Flags, tuple[Tile, ...], list[list[float]]]
+# Launches
 
 
-def _variants(rule: Described, groups: Sequence[Options], runs: Sequence[Run]) -> Iterator[Variant]:
-    """For each set of flags: it, its ranges (start, stop, row, run) and its rows of scalars."""
+@dataclass(frozen=True)
+class _Arrays:
+    """The tensors of a slice that launches take, flat and of one length but `control` and `norms`."""
+
+    master: Tensor
+    states: Mapping[str, Tensor]
+    control: Tensor | None
+    grad: Tensor | None = None
+    low: Tensor | None = None
+    norms: Tensor | None = None
+
+    def spec(self, rule: Described, flags: Flags, phase: Phase) -> Update:
+        """The kernel for them; one that takes no gradient is named by the master's dtype."""
+        grad = self.master if self.grad is None else self.grad
+        low = self.low.dtype if self.low is not None else None
+        controlled = self.control is not None
+        return Update(rule.name, flags, grad.dtype, self.master.dtype, low, controlled, phase)
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """A kernel, the ranges that it updates, and their table of scalars [rows, columns]."""
+
+    spec: Update
+    ranges: tuple[Tile, ...]
+    rows: list[list[float]]
+
+
+def _launches(
+    rule: Described, groups: Sequence[Options], runs: Sequence[Run], arrays: _Arrays, phase: Phase
+) -> Iterator[_Launch]:
+    """One for each set of flags."""
     for flags in dict.fromkeys(rule.flags(groups[run.group]) for run in runs):
         own = [(i, run) for i, run in enumerate(runs) if rule.flags(groups[run.group]) == flags]
         pairs = list(dict.fromkeys((run.group, run.step) for _, run in own))
         index = {pair: row for row, pair in enumerate(pairs)}
+        ranges = tuple((r.start, r.stop, index[r.group, r.step], i) for i, r in own)
         rows = [rule.row(groups[group], step) for group, step in pairs]
-        yield flags, tuple((r.start, r.stop, index[r.group, r.step], i) for i, r in own), rows
+        yield _Launch(arrays.spec(rule, flags, phase), ranges, rows)
 
 
-def _launch(
-    target: Target,
-    spec: Update,
-    ranges: tuple[Tile, ...],
-    rows: list[list[float]],
-    control: Tensor | None,
-    norms: Tensor | None,
-    grad: Tensor | None,
-    states: list[Tensor],
-    low: Tensor | None,
-    master: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Run an update; of "measure" the answer is its sums and the first tile of each run."""
-    device, whole = master.device, spec.phase == "whole"
-    scalars = torch.tensor(rows, dtype=torch.float64).to(master.dtype)
+def _run(launch: _Launch, arrays: _Arrays, target: Target) -> tuple[Tensor, Tensor]:
+    """Run it; of "measure" the answer is its sums and the first tile of each run."""
+    spec, device = launch.spec, arrays.master.device
+    whole = spec.phase == "whole"
+    scalars = torch.tensor(launch.rows, dtype=torch.float64).to(arrays.master.dtype)
     block = {"cpp": CPU_TILE, "torch": plain.PIECE}.get(target, 0)
     block = block or gpu.chosen("update", device).block
-    tiles, bounds = table(ranges, block, whole, device)
+    tiles, bounds = table(launch.ranges, block, whole, device)
     sums = torch.zeros(0 if whole else len(tiles), 2, dtype=torch.float64, device=device)
-    arrays = grad, *states, low, master
+    control, grad, low, master = arrays.control, arrays.grad, arrays.low, arrays.master
+    states = [arrays.states[name] for name in spec.states]
     if target == "torch":
-        pieces = cut(ranges, block)
-        plain_args = pieces, scalars.tolist(), control, grad, states, low, master, norms
-        made = plain.update(spec, *plain_args)
+        pieces, rows = cut(launch.ranges, block), scalars.tolist()
+        made = plain.update(spec, pieces, rows, control, grad, states, low, master, arrays.norms)
         return (sums if made is None else made), bounds
-    between = sums if spec.phase == "measure" else norms
+    between = sums if spec.phase == "measure" else arrays.norms
+    given = control, between, grad, *states, low, master
     if target == "cpp":
-        head = torch.get_num_threads(), len(tiles), tiles, scalars
-        call(native(spec), *head, control, between, *arrays)
+        call(native(spec), torch.get_num_threads(), len(tiles), tiles, scalars, *given)
     else:
         if device.type == "cuda":
-            assert all(tile[0] % RUN_ALIGN == 0 and tile[1] % RUN_ALIGN == 0 for tile in ranges)
+            assert all(end % RUN_ALIGN == 0 for tile in launch.ranges for end in tile[:2])
             scalars = scalars.pin_memory().to(device, non_blocking=True)
-        given = (tiles, scalars, control, between, *arrays)
-        tensors = tuple(tensor for tensor in given if tensor is not None)
+        tensors = tuple(tensor for tensor in (tiles, scalars, *given) if tensor is not None)
         warps = gpu.chosen("update", device).warps
         gpu.launch(gpu.kernel(spec), (len(tiles),), warps, *tensors, BLOCK=block)
     return sums, bounds

@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from zerograph import collectives, ops
-from zerograph.codegen import dispatch, kernels
+from zerograph.codegen import dispatch, kernels, packing
 from zerograph.cost import name_of
 from zerograph.ir import Region, Role, TrainGraph, bucket_of, is_call, role_of
 
@@ -251,7 +251,8 @@ def _gaps(graph: TrainGraph, node: fx.Node, bucket: str, numel: int) -> list[tup
 
 def _put(b: _Builder, node: fx.Node) -> fx.Node:
     buffer, grad, _, offset, size, stride = b.args(node)
-    return b.call(kernels.put, buffer, grad, offset, size, stride)
+    target = kernels.put if packing.kernel_of(node) is None else kernels.pack
+    return b.call(target, buffer, grad, offset, size, stride, packing.scale_of(node))
 
 
 def _factors(node: fx.Node) -> tuple[float, float | None]:
@@ -264,7 +265,8 @@ def _sent(b: _Builder, node: fx.Node) -> fx.Node:
     """The buffer of a reduction, scaled for the sum."""
     buffer: fx.Node = b.args(node)[0]
     pre, _ = _factors(node)
-    scaled = pre != 1.0 and b.graph.world > 1
+    put = packing.is_scaled(cast(fx.Node, node.args[0]))  # the puts have scaled it already
+    scaled = pre != 1.0 and b.graph.world > 1 and not put
     return b.call(torch.ops.aten.mul_.Scalar, buffer, pre) if scaled else buffer
 
 

@@ -16,13 +16,15 @@ graph has, so that the order of collectives never depends on them. Each backward
 (with weighted accumulation 1: the losses carry their weights, and `update` divides by their sum).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import fx
 
 from zerograph import ops
-from zerograph.ir import Gradient, TrainGraph
+from zerograph.ir import Gradient, Inserter, TrainGraph
 from zerograph.layout import Bucket
 
 
@@ -82,6 +84,27 @@ class Reduce:
                 how = *self.average.factors(graph.world), graph.world
                 grad = insert(ops.wait, insert(ops.reduce_scatter, grad, bucket.name, *how))
             return insert(ops.accumulate, kept, grad, bucket.name, self.weight)
+
+
+def means(
+    graph: TrainGraph, insert: Inserter, average: Average, kept: Mapping[Bucket, fx.Node]
+) -> dict[Bucket, fx.Node]:
+    """In the step, each bucket's mean gradient: of the whole at stage 0, else of this rank's slice."""
+    if graph.stage >= 2:
+        return dict(kept)
+    target = ops.all_reduce if graph.stage == 0 else ops.reduce_scatter
+    started = {}
+    for bucket, node in kept.items():
+        sent = _cast(insert, node, graph.precision.reduce(bucket.dtype))
+        how = *average.factors(graph.world), graph.world
+        started[bucket] = insert(target, sent, bucket.name, *how)
+    return {bucket: insert(ops.wait, node) for bucket, node in started.items()}
+
+
+def _cast(insert: Inserter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    if node.meta["val"].dtype == dtype:
+        return node
+    return insert(torch.ops.aten._to_copy.default, node, dtype=dtype)
 
 
 def _fill(graph: TrainGraph, bucket: Bucket, grads: dict[str, fx.Node]) -> fx.Node:

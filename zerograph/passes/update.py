@@ -47,7 +47,7 @@ from torch import fx
 from zerograph import ops
 from zerograph.ir import Inserter, TrainGraph, role_of
 from zerograph.layout import Bucket
-from zerograph.passes.reduce import MEAN, Average
+from zerograph.passes.reduce import MEAN, Average, means
 from zerograph.passes.scale import add_scalar
 
 aten = torch.ops.aten
@@ -94,30 +94,13 @@ class _Step:
 
     def run(self, kept: Mapping[Bucket, fx.Node]) -> None:
         with self.graph.inserting(self.graph.output, "step") as insert:
-            grads = self._means(insert, kept)
+            grads = means(self.graph, insert, self.options.average, kept)
             norm, control = self._finish(insert, list(grads.values()))
             used = self._used(insert)
             hyper = self._hyper()
             self._updates(insert, grads, hyper, used, control)
             self._refresh(insert, list(grads))
         self.graph.set_outputs(step=[norm])
-
-    def _means(self, insert: Inserter, kept: Mapping[Bucket, fx.Node]) -> dict[Bucket, fx.Node]:
-        """The averaged gradient of each bucket: of the whole at stage 0, else this rank's slice."""
-        if self.graph.stage >= 2:
-            return dict(kept)
-        target = ops.all_reduce if self.graph.stage == 0 else ops.reduce_scatter
-        started = {}
-        for bucket, node in kept.items():
-            sent = self._cast(insert, node, self.graph.precision.reduce(bucket.dtype))
-            how = *self.options.average.factors(self.graph.world), self.graph.world
-            started[bucket] = insert(target, sent, bucket.name, *how)
-        return {bucket: insert(ops.wait, node) for bucket, node in started.items()}
-
-    def _cast(self, insert: Inserter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-        if node.meta["val"].dtype == dtype:
-            return node
-        return insert(aten._to_copy.default, node, dtype=dtype)
 
     def _finish(self, insert: Inserter, grads: list[fx.Node]) -> tuple[fx.Node, fx.Node | None]:
         """The norm, and what controls the updates; None where that is nothing."""

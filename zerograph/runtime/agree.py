@@ -13,10 +13,16 @@ from itertools import count, zip_longest
 from typing import Any
 
 from zerograph import compat
-from zerograph.errors import AgreementError
+from zerograph.codegen.targets import choices
+from zerograph.errors import AgreementError, KernelError
 from zerograph.runtime.world import World
 
 _engines = count()
+MEND = "all ranks must run the same model, config and kind of step, in the same order"
+MEND_KERNELS = (
+    "sums would differ in their last bits, and parameters drift apart: give all ranks the same compiler and "
+    "Triton, or one ZEROGRAPH_KERNELS, and the same table of launch settings (ZEROGRAPH_LAUNCH)"
+)
 
 
 @dataclass
@@ -29,10 +35,11 @@ class Agreement:
     _rounds: int = 0
     _agreed: set[str] = field(default_factory=set)
 
-    def agree(self, what: str, signature: Sequence[str]) -> None:
+    def agree(self, what: str, signature: Sequence[str], mend: str = MEND) -> None:
         """Return once all ranks have the same `signature`; raise AgreementError on all otherwise.
 
-        A signature that was agreed before is known to be the same everywhere, and costs nothing.
+        A signature that was agreed before is known to be the same everywhere, and costs nothing. `mend` ends
+        the error.
         """
         text = "\n".join((what, *signature))
         digest = hashlib.sha256(text.encode()).hexdigest()
@@ -45,13 +52,27 @@ class Agreement:
         store.set(f"{prefix}/text/{self.world.rank}", text)
         store.set(f"{prefix}/digest/{self.world.rank}", digest)
         if self.world.rank == 0:
-            store.set(f"{prefix}/verdict", self._compare(store, prefix, text, digest))
+            store.set(f"{prefix}/verdict", self._compare(store, prefix, text, digest, mend))
         verdict = self._read(store, f"{prefix}/verdict", 0, what)
         if verdict != "agreed":
             raise AgreementError(verdict)
         self._agreed.add(digest)
 
-    def _compare(self, store: Any, prefix: str, text: str, digest: str) -> str:
+    def agree_on_kernels(self, model: str) -> None:
+        """Ranks must run kernels by the same target, and launch them alike, or last bits of sums differ.
+
+        Raises KernelError where this rank's variables or table are wrong, once the others know.
+        """
+        lines, wrong = [], None
+        try:
+            lines = choices(self.world.device)
+        except KernelError as error:
+            lines, wrong = [str(error)], error
+        self.agree(f"how kernels of {model} run", lines, MEND_KERNELS)
+        if wrong is not None:
+            raise wrong
+
+    def _compare(self, store: Any, prefix: str, text: str, digest: str, mend: str) -> str:
         for rank in range(1, self.world.size):
             try:
                 theirs = self._read(store, f"{prefix}/digest/{rank}", rank, text.split("\n")[0])
@@ -59,7 +80,7 @@ class Agreement:
                 return str(missing)
             if theirs != digest:
                 other = store.get(f"{prefix}/text/{rank}").decode()
-                return first_difference(0, text.split("\n"), rank, other.split("\n"))
+                return first_difference(0, text.split("\n"), rank, other.split("\n"), mend)
         return "agreed"
 
     def _read(self, store: Any, key: str, rank: int, what: str) -> str:
@@ -73,7 +94,9 @@ class Agreement:
         return str(store.get(key).decode())
 
 
-def first_difference(one: int, mine: Sequence[str], other: int, theirs: Sequence[str]) -> str:
+def first_difference(
+    one: int, mine: Sequence[str], other: int, theirs: Sequence[str], mend: str = MEND
+) -> str:
     """A message that names the first line in which two signatures differ."""
     pairs = zip_longest(mine, theirs, fillvalue="(nothing)")
     index, (left, right) = next((i, p) for i, p in enumerate(pairs) if p[0] != p[1])
@@ -82,5 +105,5 @@ def first_difference(one: int, mine: Sequence[str], other: int, theirs: Sequence
         f"ranks {one} and {other} differ in {where}:\n"
         f"  rank {one}: {left}\n"
         f"  rank {other}: {right}\n"
-        "all ranks must run the same model, config and kind of step, in the same order"
+        f"{mend}"
     )

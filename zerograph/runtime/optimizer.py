@@ -304,6 +304,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     f"parameter group {index} now needs {', '.join(late)}, a state that no group had at "
                     "zerograph.compile; set the option (momentum, amsgrad) when you compile"
                 )
+            if isinstance(self._rule, Described) and (refused := self._rule.refused(options)):
+                raise PlanError(f"parameter group {index} now has {refused}")
         return made
 
 

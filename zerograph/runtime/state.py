@@ -114,13 +114,6 @@ class State:
             return storage.master.clone()
         return self.world.all_gather(storage.master)
 
-    def full_gradient(self, bucket: Bucket) -> Tensor | None:
-        """The bucket's mean gradient [numel] over ranks and micro-batches so far; a new tensor."""
-        kept = self.storages[bucket.name].kept
-        if kept is None:
-            return None
-        return self.world.mean(kept.clone()) if self.stage < 2 else self.world.all_gather(kept)
-
     def view(self, flat: Tensor, param: Param) -> Tensor:
         """A parameter as a view of its full bucket."""
         return flat.as_strided(param.shape, param.stride, param.offset)

@@ -134,11 +134,9 @@ class Updates:
 
     def divisor(self) -> float:
         """What the mean gradients kept so far are too large by: loss scale and mean weight."""
-        world = self.state.world
         if self.config.compile.weighted_accumulation:
-            return self.scale * float(world.mean(self._total_weight()))
-        summed = self.config.gradient_allreduce_op == "sum" and self.state.stage < 2
-        return self.scale / (world.size if summed else 1)
+            return self.scale * float(self.state.world.mean(self._total_weight()))
+        return self.scale
 
     # The step
 

@@ -10,14 +10,15 @@ from zerograph.errors import PlanError
 from zerograph.runtime.state import State, named_buffers
 
 
-def gradients(state: State, used: set[str], divisor: float) -> dict[str, Tensor | None]:
-    """Full mean gradients over `divisor` by name; None where there is none."""
+def gradients(
+    state: State, means: Mapping[str, Tensor | None], used: set[str], divisor: float
+) -> dict[str, Tensor | None]:
+    """Full gradients by name: buckets' `means` over `divisor`; None where there is none."""
     found: dict[str, Tensor | None] = {}
-    for bucket in state.layout.trainable_buckets():
-        flat = state.full_gradient(bucket)
+    for bucket, flat in means.items():
         if flat is not None and divisor != 1.0:
             flat.div_(divisor)
-        for param in state.layout.bucket_params(bucket.name):
+        for param in state.layout.bucket_params(bucket):
             none = flat is None or param.name not in used
             found[param.name] = None if none else state.view(flat, param).clone()  # type: ignore[arg-type]
     return {name: found[name] for name in state.layout.params if name in found}

@@ -2,7 +2,7 @@
 
 A rank sends at least (world - 1) / world of a buffer that is gathered or reduce-scattered, and twice that
 of one that is all-reduced. With everything hidden, a step takes max(compute alone, these bytes over the
-line rate).
+line rate). A plan's own bytes count, but never more than its stage must send (`PASSES`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,8 @@ from zerograph.cost import Traffic
 
 BOTH_WAYS = ("all_reduce", "any_rank", "sum_weights")
 """Collectives that are a reduce-scatter and a gather in one."""
+PASSES = {1: 2, 2: 2, 3: 3}
+"""How often a stage must send its share of all parameters: one reduction; one gather, or two."""
 FREED = "stage 3 freed"
 
 
@@ -32,13 +34,18 @@ class Verdict:
     """A bound, and the ratio that was measured."""
 
     bound: Bound
-    ratio: float
+    ratio: float | None
+    """None if one of the two was left out."""
     by: str
     """The contestant that was best at it: `name`, or its variant that updates in the backward."""
 
     @property
-    def held(self) -> bool:
-        return self.ratio <= self.bound.most
+    def held(self) -> bool | None:
+        return None if self.ratio is None else self.ratio <= self.bound.most
+
+    @property
+    def said(self) -> str:
+        return {True: "held", False: "**not held**", None: "not measured"}[self.held]
 
 
 LOOPBACK = (
@@ -54,12 +61,14 @@ LINK = (
     Bound("stage 2", "ddp", 0.80),
     Bound("stage 3", "ddp", 0.80),
 )
+MEMORY = Bound(FREED, "fully_shard", 1.0)
+"""Of the peaks of live storages."""
 
 
-def least_bytes(traffic: Mapping[str, Traffic], world: int) -> float:
-    """Bytes that a rank sends in a step, at the least."""
+def least_bytes(traffic: Mapping[str, Traffic], stage: int, parameters: int, world: int) -> float:
+    """Bytes that a rank sends in a step, at the least; `parameters` are the bytes of all of them."""
     passes = sum((2 if k in BOTH_WAYS else 1) * t.nbytes for k, t in traffic.items())
-    return passes * (world - 1) / world
+    return min(passes, PASSES[stage] * parameters) * (world - 1) / world
 
 
 def least_seconds(alone: Times, sent: float, rate: float) -> list[float]:
@@ -81,15 +90,13 @@ def ratio_to(
 def judged(
     bounds: Sequence[Bound], times: Mapping[str, Times], least: Mapping[str, list[float]]
 ) -> list[Verdict]:
-    """A verdict for each bound whose contestants took part."""
+    """A verdict for each bound."""
     found = []
     for bound in bounds:
         names = (bound.name, f"{bound.name} updating")
         ratios = [(ratio_to(name, bound.against, times, least), name) for name in names]
         reached = [(value, name) for value, name in ratios if value is not None]
-        if reached:
-            best, by = min(reached)
-            found.append(Verdict(bound, best, by))
+        found.append(Verdict(bound, *min(reached, default=(None, bound.name))))
     return found
 
 
@@ -118,8 +125,6 @@ def table(
 def table_of_verdicts(verdicts: Sequence[Verdict]) -> str:
     lines = ["| contestant | against | ratio | at most | |", "|---" * 5 + "|"]
     for v in verdicts:
-        said = "held" if v.held else "**not held**"
-        lines.append(
-            f"| {v.by} | {v.bound.against} | {v.ratio:.3f} | {v.bound.most:.2f} | {said} |"
-        )
+        ratio = "" if v.ratio is None else f"{v.ratio:.3f}"
+        lines.append(f"| {v.by} | {v.bound.against} | {ratio} | {v.bound.most:.2f} | {v.said} |")
     return "\n".join(lines)

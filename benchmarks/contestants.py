@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import shutil
+import subprocess
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,6 +39,7 @@ class Zerograph:
     """A step of zerograph's engine."""
 
     def __init__(self, config: Any) -> None:
+        self.stage: int = config["zero_optimization"]["stage"]
         self.engine = zerograph.compile(llama(), config)
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -75,8 +78,8 @@ def contestants(options: argparse.Namespace) -> dict[str, Step]:
 
 
 def deepspeed(options: argparse.Namespace) -> dict[str, Away]:
-    """DeepSpeed ZeRO-3 with its default config and freed, being started."""
-    if not options.deepspeed:
+    """DeepSpeed ZeRO-3 with its default config and freed, being started; none where it is not installed."""
+    if not on_all_ranks(options.deepspeed):
         if dist.get_rank() == 0:
             print("DeepSpeed is left out: say --deepspeed PYTHON (deepspeed_env.sh makes one)")
         return {}
@@ -88,14 +91,25 @@ def deepspeed(options: argparse.Namespace) -> dict[str, Away]:
     return found
 
 
+def on_all_ranks(python: str | None) -> bool:
+    """Whether `python` has DeepSpeed on every rank's machine."""
+    ask = "from importlib.util import find_spec; exit(find_spec('deepspeed') is None)"
+    found = bool(python and shutil.which(python))
+    found = found and subprocess.run([str(python), "-c", ask]).returncode == 0
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, found)
+    return all(everywhere)
+
+
 def sent_by(steps: Mapping[str, Step]) -> dict[str, float]:
     """Bytes that a rank sends in a step, at the least, where they are known."""
     world = dist.get_world_size()
-    found = {"alone": 0.0}
+    ddp = steps["ddp"]
+    assert isinstance(ddp, Plain)
+    full = sum(p.numel() * p.dtype.itemsize for p in ddp.model.parameters())
+    found = {"alone": 0.0, "ddp": 2 * full * (world - 1) / world}
     for name, step in steps.items():
         if isinstance(step, Zerograph):
-            found[name] = bounds.least_bytes(step.engine.plan.traffic, world)
-        elif name == "ddp" and isinstance(step, Plain):
-            gradients = sum(p.numel() * p.dtype.itemsize for p in step.model.parameters())
-            found[name] = 2 * gradients * (world - 1) / world
+            traffic = step.engine.plan.traffic
+            found[name] = bounds.least_bytes(traffic, step.stage, full, world)
     return found

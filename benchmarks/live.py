@@ -2,12 +2,15 @@
 
 The tracker (tests/storages.py) counts what lives from step to step, the batch, and whatever an operator
 makes, until it is freed; it sees `fully_shard` free and fill its parameters. What an operator, or gloo,
-uses inside and frees before it returns is in nobody's figure.
+uses inside is not in it, but in what torch's allocator says of one more step.
 """
 
+import json
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import torch.distributed as dist
 from contest import WARM_UP, Step, batch_of
 from peers import Plain
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -31,6 +35,8 @@ class Live:
     """Before a step: what lives from step to step, and the batch."""
     peak: int
     """At most during the step."""
+    allocated: int
+    """The same by torch's allocator, with what operators and gloo use inside."""
     planned: int | None = None
     """The plan's peak, of zerograph."""
 
@@ -55,16 +61,41 @@ def _live(name: str, step: Step, held: Callable[[], list[Tensor]]) -> Live:
     with Storages([*held(), *batch.values()]) as seen:
         between = seen.alive
         step(batch)
-    most = torch.tensor([between, seen.peak])
+    most = torch.tensor([between, seen.peak, between + _allocated(lambda: step(batch))])
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    return Live(name, int(most[0]), int(most[1]))
+    return Live(name, *map(int, most))
+
+
+def _allocated(train: Callable[[], object]) -> int:
+    """Most bytes beyond those before `train`, by torch's allocator, on all threads."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        train()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiled.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    changes = [e for e in events if e.get("name") == "[memory]"]
+    changes.sort(key=lambda e: (e["ts"], e["args"]["Ev Idx"]))
+    return max(accumulate((e["args"]["Bytes"] for e in changes), initial=0))
 
 
 def table(rows: Mapping[str, Live], peer: str) -> str:
     """Markdown, with the ratio of each peak to that of `peer`."""
-    lines = [f"| | between steps | peak of a step | x {peer} | planned |", "|---" * 5 + "|"]
+    heads = [
+        "",
+        "between steps",
+        "peak of a step",
+        f"x {peer}",
+        "allocated",
+        f"x {peer}",
+        "planned",
+    ]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    most = rows[peer]
     for name, row in rows.items():
         planned = "" if row.planned is None else f"{row.planned / 1e6:.1f} MB"
-        sizes = f"{row.between / 1e6:.1f} MB | {row.peak / 1e6:.1f} MB"
-        lines.append(f"| {name} | {sizes} | {row.peak / rows[peer].peak:.3f} | {planned} |")
+        cells = [name, f"{row.between / 1e6:.1f} MB"]
+        cells += [f"{row.peak / 1e6:.1f} MB", f"{row.peak / most.peak:.3f}"]
+        cells += [f"{row.allocated / 1e6:.1f} MB", f"{row.allocated / most.allocated:.3f}"]
+        lines.append(f"| {' | '.join([*cells, planned])} |")
     return "\n".join(lines)

@@ -1,8 +1,8 @@
 """The peers of torch, as contestants: no communication, DDP, `fully_shard`; all with torch's fused AdamW.
 
 In bf16 everybody keeps fp32 masters and moments, and computes and communicates in bf16, as zerograph does
-with `bf16.enabled`: `fully_shard` by its MixedPrecisionPolicy, on its slice; DDP and the one that does
-not communicate with a model in bf16, whose update casts all gradients up and all parameters down.
+with `bf16.enabled`: `fully_shard` by its MixedPrecisionPolicy, on its slice; DDP with a model in bf16,
+whose update casts all gradients up and all parameters down.
 """
 
 from collections.abc import Mapping
@@ -69,20 +69,42 @@ class WithMasters(Plain):
         return [*super().held(), *self.masters, *self.gradients]
 
 
+class Alone(Plain):
+    """Forward, backward, and the update of one rank's share, as under ZeRO: a slice of each parameter.
+
+    The other slices stay as they are, so its losses are its own.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.slices = [_slice(p.detach()) for p in model.parameters()]
+        self.masters = [s.float() for s in self.slices]  # in fp32 the slices themselves
+        self.optimizer = adamw(self.masters)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        for master, parameter in zip(self.masters, self.model.parameters(), strict=True):
+            assert parameter.grad is not None
+            master.grad = _slice(parameter.grad).float()
+        self.optimizer.step()
+        for own, master in zip(self.slices, self.masters, strict=True):
+            if own is not master:
+                own.copy_(master)
+
+
+def _slice(full: Tensor) -> Tensor:
+    """This rank's part of `full`, flat: a view."""
+    return full.view(-1).tensor_split(dist.get_world_size())[dist.get_rank()]
+
+
 def alone_step(dtype: str = "fp32") -> Plain:
     """No communication at all: what computing costs while the other ranks compute as well."""
-    return _replicated(dtype, shared=False)
+    return Alone(llama().to(DTYPES[dtype]))
 
 
 def ddp_step(dtype: str = "fp32") -> Plain:
     """Replicated: DistributedDataParallel, its gradients views of its buckets."""
-    return _replicated(dtype, shared=True)
-
-
-def _replicated(dtype: str, shared: bool) -> Plain:
-    model: nn.Module = llama().to(DTYPES[dtype])
-    if shared:
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    model = DistributedDataParallel(llama().to(DTYPES[dtype]), gradient_as_bucket_view=True)
     return Plain(model) if dtype == "fp32" else WithMasters(model)
 
 

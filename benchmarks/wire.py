@@ -32,6 +32,13 @@ def address() -> str:
     return found
 
 
+def slowest(seconds: float) -> float:
+    """The most that any rank says; the same on all ranks."""
+    most = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return float(most)
+
+
 class Ring:
     """Connections to the next rank and from the one before."""
 
@@ -59,9 +66,7 @@ class Ring:
                 raise ConnectionError(f"the rank before {dist.get_rank()} closed its connection")
             left -= got
         sender.join()
-        slowest = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        return float(slowest)
+        return slowest(time.perf_counter() - start)
 
     def _send(self, block: bytes, nbytes: int) -> None:
         for left in range(nbytes, 0, -len(block)):

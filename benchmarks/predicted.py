@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import contest
 import machine
 import payload
 import step
@@ -45,16 +46,16 @@ def small_llama() -> LlamaForCausalLM:
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=step.SEQUENCE,
+        max_position_embeddings=contest.SEQUENCE,
         use_cache=False,
     )
     return LlamaForCausalLM(config).train()
 
 
-MODELS: dict[str, Callable[[], LlamaForCausalLM]] = {"29M": step.llama, "4M": small_llama}
+MODELS: dict[str, Callable[[], LlamaForCausalLM]] = {"29M": contest.llama, "4M": small_llama}
 
 
-def contestant(name: str, stage: int) -> tuple[zerograph.Engine, step.Step]:
+def contestant(name: str, stage: int) -> tuple[zerograph.Engine, contest.Step]:
     """An engine of a model at a stage, and its step."""
     model = MODELS[name]()
     words = model.config.vocab_size
@@ -77,7 +78,9 @@ def times(cluster: Cluster, options: argparse.Namespace) -> list[dict[str, Any]]
     rows = []
     for model in options.models:
         runs = {stage: contestant(model, stage) for stage in options.stages}
-        measured = step.measure({str(s): train for s, (_, train) in runs.items()}, options.rounds)
+        measured = contest.measure(
+            {str(s): train for s, (_, train) in runs.items()}, options.rounds
+        )
         for stage, (engine, _) in runs.items():
             timeline = engine.plan.timeline(cluster)
             rows.append(
@@ -120,10 +123,10 @@ def sizes(cluster: Cluster, options: argparse.Namespace) -> list[dict[str, Any]]
     for model in options.models:
         for stage in options.stages:
             engine, train = contestant(model, stage)
-            train(step.batch_of(0, dist.get_rank()))
+            train(contest.batch_of(0, dist.get_rank()))
             dist.barrier()
             before = payload.sent()
-            train(step.batch_of(1, dist.get_rank()))
+            train(contest.batch_of(1, dist.get_rank()))
             counted = torch.tensor(payload.sent() - before)
             dist.all_reduce(counted)
             predicted, records = expected(engine.plan, cluster)
@@ -203,7 +206,7 @@ def main() -> None:
     parser.add_argument("--bytes", action="store_true", help="count bytes instead of seconds")
     parser.add_argument("--cluster", type=Path, metavar="FILE", help="do not calibrate, read this")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
-    step.launch(run, parser.parse_args())
+    contest.launch(run, parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import contest
 import machine
+import peers
 import step
 import torch
 import torch.distributed as dist
@@ -89,25 +91,29 @@ def run(rank: int, store: str, options: argparse.Namespace) -> None:
         setattr(kernels, name, traced(getattr(kernels, name)))
     ShardedOptimizer.update = traced(ShardedOptimizer.update)  # type: ignore[method-assign]
     train = contestant(options.contestant)
-    for index in range(step.WARM_UP):
-        train(step.batch_of(index, rank))
+    for index in range(contest.WARM_UP):
+        train(contest.batch_of(index, rank))
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         dist.barrier()
         start, cpu = time.perf_counter(), time.process_time()
         for index in range(options.steps):
             with record_function("step"):
-                train(step.batch_of(index, rank))
+                train(contest.batch_of(index, rank))
         wall, cpu = time.perf_counter() - start, time.process_time() - cpu
     if rank == 0:
         show(profiled, wall, cpu, options)
     dist.destroy_process_group()
 
 
-def contestant(name: str) -> step.Step:
+def contestant(name: str) -> contest.Step:
     """One contestant alone, by the name that `step.py` prints."""
     if name.startswith("zerograph stage "):
         return step.zerograph_step(int(name[-1]))
-    makers = {"ddp": step.ddp_step, "fully_shard": step.fully_shard_step, "alone": step.alone_step}
+    makers = {
+        "ddp": peers.ddp_step,
+        "fully_shard": peers.fully_shard_step,
+        "alone": peers.alone_step,
+    }
     return makers[name]()
 
 

@@ -1,7 +1,9 @@
 """Bytes of real storages: what a run holds at each operator, told from the tensors themselves.
 
-Storages are followed from the operator that makes them until they are freed. What an operator uses
-inside, and frees before it returns, is not seen.
+Tests use it, and benchmarks/live.py. Storages are followed from the operator that makes them until they
+are freed; one that is resized on the way, as `fully_shard` does with gathered parameters, counts with the
+size that it has at each operator. A DTensor counts as its local tensor. What an operator uses inside, and
+frees before it returns, is not seen.
 """
 
 import time
@@ -11,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,26 +28,26 @@ class Storages(TorchDispatchMode):
 
     def __init__(self, held: Iterable[Tensor]) -> None:
         super().__init__()
-        self.alive = 0
         self.peak = 0
         """Most bytes alive at the end of an operator, whose inputs are alive as well."""
         self._seen: dict[int, Any] = {}
         for tensor in held:
             self.see(tensor)
 
+    @property
+    def alive(self) -> int:
+        """Bytes of the storages that are alive now."""
+        storages = (found() for found in list(self._seen.values()))
+        return sum(storage.nbytes() for storage in storages if storage is not None)
+
     def see(self, tensor: Tensor) -> None:
         """Count the storage of `tensor` from now on, once."""
+        if isinstance(tensor, DTensor):
+            tensor = tensor.to_local()
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._seen:
-            return
-        self.alive += size
-
-        def freed(_: Any) -> None:
-            del self._seen[key]
-            self.alive -= size
-
-        self._seen[key] = weakref.ref(storage, freed)
+        key = storage._cdata
+        if key not in self._seen:
+            self._seen[key] = weakref.ref(storage, lambda _: self._seen.pop(key))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

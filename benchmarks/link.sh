@@ -19,7 +19,7 @@ fi
 rate=$1
 shift
 name=zero$$
-cores=$(nproc)
+cores=$(env -u OMP_NUM_THREADS nproc) # nproc heeds that variable
 pids=
 all=$(seq 0 $((ranks - 1)))
 

@@ -16,7 +16,7 @@ CommunicationError.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Literal
@@ -55,6 +55,8 @@ class Channel:
     group: dist.ProcessGroup
     rank: int
     size: int
+    broken: bool = False
+    """Whether a collective has failed; nothing is waited for any more."""
     _tags: Iterator[int] = field(default_factory=count)
 
     @classmethod
@@ -139,7 +141,15 @@ class Exchange:
         try:
             yield
         except RuntimeError as error:
+            self.channel.broken = True
             raise failed(self.channel.rank, self.what, error) from error
+
+    def __del__(self) -> None:
+        """One that nobody waited for is finished all the same: its buffers are still written to."""
+        if (self._arriving or self._sent) and not self.channel.broken and dist.is_initialized():
+            with suppress(CommunicationError):
+                for _ in self.arrivals():
+                    pass
 
 
 @dataclass
@@ -179,6 +189,23 @@ class Reducing(Exchange):
             total.mul_(self.factor)
         if total is not out:
             out.copy_(total)
+
+
+@dataclass(frozen=True)
+class Native:
+    """One of torch's functional collectives under way."""
+
+    pending: Tensor
+    what: str
+
+    def wait(self) -> Tensor:
+        return wait(self.pending, self.what)
+
+
+def start_gather(shard: Tensor, full: Tensor, bucket: str, world: int, group: str) -> Native:
+    """Gather as the backend does: all ranks' shards [n] into `full` [world * n]."""
+    op = torch.ops._c10d_functional.all_gather_into_tensor_out
+    return Native(op(shard, world, group, out=full), f"the gather of bucket {bucket}")
 
 
 def wait(pending: Tensor, what: str) -> Tensor:

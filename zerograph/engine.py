@@ -96,7 +96,8 @@ class Engine:
         )
         self.lr_scheduler: LRScheduler | None = scheduler_of(config, self.optimizer)
         self.micro_steps = 0
-        self._means = Means(self.state, average_of(config, world.size))
+        early = stage >= 2 or self.batch.accumulation == 1
+        self._means = Means(self.state, average_of(config, world.size), early)
         self._updates = Updates.of(config, self.state, self.optimizer)
         self._programs = Programs(type(model).__name__)
         self._plan: Plan | None = None

@@ -103,6 +103,14 @@ class TrainGraph:
         return self.layout.world
 
     @property
+    def reduces_early(self) -> bool:
+        """Whether gradients are reduced by every backward, not by the step.
+
+        So it is where ranks keep slices of them, and where a step has one backward.
+        """
+        return self.stage >= 2 or self.notes.get("accumulation", 1) == 1
+
+    @property
     def device(self) -> torch.device:
         """Where the step is planned to run."""
         values = (node.meta["val"] for node in self.placeholders())
@@ -252,6 +260,11 @@ def _schema(node: fx.Node) -> torch._C.FunctionSchema:
     return cast(OpOverload, node.target)._schema
 
 
+def is_ahead(node: fx.Node) -> bool:
+    """Whether a gather is one that the step before has started."""
+    return is_call(node, ops.gather) and node.args[3:] == (True,)
+
+
 def is_call(node: fx.Node, *targets: OpOverload) -> bool:
     return node.op == "call_function" and node.target in targets
 
@@ -279,6 +292,7 @@ def _makes_views(target: object) -> bool:
 _VIEWS_WITHOUT_ALIAS_INFO: tuple[object, ...] = (
     torch.ops.aten._unsafe_view.default,
     ops.param,
+    ops.refreshed,
     ops.wait,
 )
 

@@ -4,7 +4,9 @@ Each has a schema and a fake implementation (shapes only); none has a real one. 
 TrainGraph between the `shard` pass that brings the first of them and the `lower` pass that turns
 them into collectives and kernels. `world` is a number of ranks; no operator knows a rank.
 
-    gather          start an all-gather of a bucket's shards; the result is pending until waited for
+    gather          start an all-gather of a bucket's shards; the result is pending until waited for; with
+                    `ahead` it is the one that the step before has started, if it has
+    gather_ahead    start that all-gather, for the next forward
     wait            the value of a pending collective
     param           a parameter as a view of its (full) bucket
     release         the bucket's full storage ends here
@@ -27,6 +29,7 @@ them into collectives and kernels. `world` is a number of ranks; no operator kno
     update          the optimizer's rule on one bucket's shard, in place, as `control` says; of a rule with
                     `measure` its second half, which takes the sums over whole parameters as `norms`
     refresh         start an all-gather of updated shards into the full bucket, in place
+    refreshed       the full bucket, once the refresh that the step before started is there
 """
 
 from collections.abc import Callable
@@ -52,8 +55,13 @@ def _define(schema: str) -> Callable[[Callable[..., Any]], OpOverload]:
     return register
 
 
-@_define("gather(Tensor shard, str bucket, int world) -> Tensor")
-def gather(shard: Tensor, bucket: str, world: int) -> Tensor:
+@_define("gather(Tensor shard, str bucket, int world, bool ahead=False) -> Tensor")
+def gather(shard: Tensor, bucket: str, world: int, ahead: bool = False) -> Tensor:
+    return shard.new_empty(shard.numel() * world)
+
+
+@_define("gather_ahead(Tensor shard, str bucket, int world) -> Tensor")
+def gather_ahead(shard: Tensor, bucket: str, world: int) -> Tensor:
     return shard.new_empty(shard.numel() * world)
 
 
@@ -182,6 +190,11 @@ def refresh(full: Tensor, shard: Tensor, bucket: str, world: int) -> Tensor:
     return torch.empty_like(full)
 
 
+@_define("refreshed(Tensor full, str bucket) -> Tensor")
+def refreshed(full: Tensor, bucket: str) -> Tensor:
+    return torch.empty_like(full)
+
+
 COLLECTIVES = (
     gather,
     reduce_scatter,
@@ -192,9 +205,12 @@ COLLECTIVES = (
     gather_norms,
     refresh,
 )
-"""Operators that communicate. Each is asynchronous: its result is pending until one `wait`."""
+"""Operators that communicate, each once a step: `gather_ahead` is the start of a gather among them.
 
-EFFECTS = (*COLLECTIVES, wait, release, put, accumulate, measure, update)
+Each is asynchronous: its result is pending until one `wait` (or `refreshed`, in the next forward).
+"""
+
+EFFECTS = (*COLLECTIVES, gather_ahead, refreshed, wait, release, put, accumulate, measure, update)
 """Operators that dead-code elimination must keep even when nobody uses their result."""
 
 

@@ -33,7 +33,7 @@ from zerograph.countable import Countable
 from zerograph.describe import describe
 from zerograph.document import Document
 from zerograph.errors import PlanError, suggestion
-from zerograph.ir import Region, TrainGraph, is_call
+from zerograph.ir import Region, TrainGraph, is_ahead, is_call
 from zerograph.ops import COLLECTIVES
 from zerograph.optimizer import OptimizerSpec
 from zerograph.passes.lower import Lower, Program
@@ -128,7 +128,8 @@ class Plan(Countable):
                 bucket = next((a for a in node.args if isinstance(a, str)), "-")
                 value = node.meta["val"]
                 kind = f"{node.meta['region']} {name_of(node)} {bucket}"
-                lines.append(f"{kind} {collective_bytes(node)} bytes {short(value.dtype)}")
+                ahead = " ahead" if is_ahead(node) else ""
+                lines.append(f"{kind} {collective_bytes(node)} bytes {short(value.dtype)}{ahead}")
         return lines
 
     def program(self, region: Region, group: str = "dp") -> Program:

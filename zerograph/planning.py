@@ -163,7 +163,7 @@ def passes_for(
             weighted=weighted,
             measures=spec.measures if spec else False,
         ),
-        Schedule(prefetch=zero.stage3_prefetch_bucket_size, max_live=max_live),
+        Schedule(prefetch=zero.stage3_prefetch_bucket_size, max_live=max_live, across=across),
     ]
 
 

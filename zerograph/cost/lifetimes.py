@@ -30,6 +30,7 @@ from zerograph.compat import hint
 from zerograph.ir import (
     TrainGraph,
     bucket_of,
+    is_ahead,
     is_call,
     is_view,
     module_of,
@@ -39,8 +40,8 @@ from zerograph.ir import (
 
 _RESIDENT = ("full", "shard", "master", "state", "buffer", "constant", "param", "size", "hyper")
 """Placeholders that are no storage of the step's own."""
-_IN_PLACE = frozenset((ops.wait, ops.put, ops.param, ops.all_reduce, ops.refresh))
-_ALONE = _IN_PLACE | frozenset(ops.COLLECTIVES)
+_IN_PLACE = frozenset((ops.wait, ops.put, ops.param, ops.all_reduce, ops.refresh, ops.refreshed))
+_ALONE = _IN_PLACE | frozenset((*ops.COLLECTIVES, ops.gather_ahead))
 """What answers its first argument where there is nobody to talk to."""
 
 
@@ -81,6 +82,7 @@ class Lifetimes:
             made._given(node, forward, backward)
         for index, node in enumerate(nodes):
             made._call(index, node)
+        made._started_in_the_step()
         made._leaves(forward, backward)
         return made
 
@@ -110,6 +112,15 @@ class Lifetimes:
         if is_call(node, ops.update):
             self.found.append(self._temporaries(index, node))
 
+    def _started_in_the_step(self) -> None:
+        """What the step gathers ahead lives to its end, and from the start of the forward that takes it."""
+        for node in self.nodes:
+            if is_call(node, ops.gather_ahead) and self.graph.world > 1:
+                self._extend(node, len(self.nodes))
+            elif is_ahead(node) and self.graph.world > 1:
+                for stored in self.of[node]:
+                    stored.birth = 0
+
     def _lies_in(self, index: int, node: fx.Node) -> list[Stored]:
         first = node.args[0] if node.args else None
         if not isinstance(first, fx.Node):
@@ -136,7 +147,7 @@ class Lifetimes:
         return made
 
     def _category(self, node: fx.Node) -> str:
-        if is_call(node, ops.gather):
+        if is_call(node, ops.gather, ops.gather_ahead):
             return "gathered"
         reduces = is_call(node, ops.grad_buffer, ops.reduce_scatter, ops.accumulate)
         return "gradients" if reduces or region_of(node) == "step" else "activations"

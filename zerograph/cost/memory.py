@@ -15,7 +15,7 @@ from torch import fx
 from zerograph import ops
 from zerograph.cost.lifetimes import Lifetimes, Stored
 from zerograph.cost.traffic import nbytes
-from zerograph.ir import TrainGraph, is_call, module_of, region_of, role_of
+from zerograph.ir import TrainGraph, is_ahead, is_call, module_of, region_of, role_of
 
 CATEGORIES = (
     "parameters",
@@ -162,9 +162,10 @@ def peak_gathered(graph: TrainGraph) -> int:
 
 
 def _peak_gathered(nodes: list[fx.Node]) -> int:
-    elements = peak = 0
+    elements: int = sum(node.meta["val"].numel() for node in nodes if is_ahead(node))
+    peak = elements
     for node in nodes:
-        if is_call(node, ops.gather):
+        if is_call(node, ops.gather, ops.gather_ahead) and not is_ahead(node):
             elements += node.meta["val"].numel()
         elif is_call(node, ops.release):
             elements -= cast(fx.Node, node.args[0]).meta["val"].numel()

@@ -47,7 +47,8 @@ def op_of(node: fx.Node) -> str:
 
 def moved_bytes(node: fx.Node) -> int:
     """Bytes of a node's value; of a collective, those of its full buffer."""
-    return collective_bytes(node) if is_call(node, *ops.COLLECTIVES) else nbytes(node)
+    moves = is_call(node, *ops.COLLECTIVES, ops.gather_ahead)
+    return collective_bytes(node) if moves else nbytes(node)
 
 
 def collective_bytes(node: fx.Node) -> int:

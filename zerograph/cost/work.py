@@ -35,9 +35,12 @@ class Work:
     """The type of the products, which decides how fast a device makes them."""
 
 
+_WITHOUT_WORK = (ops.gather_ahead, ops.refreshed, ops.wait, ops.release, ops.grad_buffer)
+
+
 def work_of(node: fx.Node) -> Work:
     """The work of one call on its device; collectives, waits, releases and views have none."""
-    idle = is_call(node, *ops.COLLECTIVES, ops.wait, ops.release, ops.grad_buffer)
+    idle = is_call(node, *ops.COLLECTIVES, *_WITHOUT_WORK)
     if idle or is_view(node) or not isinstance(node.target, OpOverload):
         return Work()
     rule = _TRAFFIC.get(_name(node))

@@ -24,11 +24,11 @@ from torch import fx
 from zerograph import collectives, ops
 from zerograph.codegen import dispatch, kernels, packing
 from zerograph.cost import name_of
-from zerograph.ir import Region, Role, TrainGraph, bucket_of, is_call, role_of
+from zerograph.ir import Region, Role, TrainGraph, bucket_of, is_ahead, is_call, role_of
 
 c10d = torch.ops._c10d_functional
-CHANNELS = {"gathers": (ops.gather, ops.refresh), "reductions": (ops.reduce_scatter,)}
-"""Which collectives share a channel."""
+_CHANNELS = {"gathers": ops.gather, "reductions": ops.reduce_scatter}
+_AHEAD = (ops.gather_ahead, ops.refresh, ops.refreshed)
 _KEPT = ("buffer", "constant", "input", "size")
 """Inputs that the backward takes as they were in the forward."""
 
@@ -99,11 +99,17 @@ class _Builder:
         return sorted(read)
 
     def _open_channels(self, nodes: Sequence[fx.Node]) -> None:
-        """Channels are inputs: the process groups behind them are the rank's."""
-        for name, kinds in CHANNELS.items():
-            if self.point_to_point and any(is_call(node, *kinds) for node in nodes):
-                self.channels[name] = self.out.placeholder(name)
-                self.inputs.append(Role("channel", name))
+        """Channels, and what the step before started, are inputs: they are the rank's."""
+        several = self.graph.world > 1
+        ahead = any(is_ahead(node) or is_call(node, *_AHEAD) for node in nodes)
+        used = {"ahead"} if several and ahead else set()
+        for node in nodes if self.point_to_point else ():
+            used |= {
+                n for n, kind in _CHANNELS.items() if is_call(node, kind) and not is_ahead(node)
+            }
+        for name in sorted(used):
+            self.channels[name] = self.out.placeholder(name)
+            self.inputs.append(Role("channel", name))
 
     @property
     def point_to_point(self) -> bool:
@@ -154,10 +160,13 @@ class _Builder:
         return alone if self.graph.world == 1 else self.call(target, *args)
 
 
+_STARTS = ("gather", "reduce_scatter", "begin", "refresh")
+
+
 def starts_collective(node: fx.Node) -> bool:
     """Whether a program's node starts a collective."""
     functional = getattr(node.target, "namespace", "") == "_c10d_functional"
-    return functional or (node.op == "call_method" and node.target in ("gather", "reduce_scatter"))
+    return functional or (node.op == "call_method" and node.target in _STARTS)
 
 
 def waits_for_collective(node: fx.Node) -> bool:
@@ -174,7 +183,9 @@ Handler = Callable[[_Builder, fx.Node], fx.Node | None]
 
 
 def _gather(b: _Builder, node: fx.Node) -> fx.Node:
-    shard, bucket, _ = b.args(node)
+    shard, bucket, *_ = b.args(node)
+    if is_ahead(node) and b.graph.world > 1:
+        return b.start("ahead", "take", shard, bucket)
     if not b.point_to_point:
         return _gathered(b, shard, node)
     return b.start("gathers", "gather", shard, _empty(b, shard, node), bucket)
@@ -202,7 +213,7 @@ def _wait(b: _Builder, node: fx.Node) -> fx.Node:
     start = cast(fx.Node, node.args[0])
     if b.graph.world == 1:
         return pending
-    if pending.op == "call_method":
+    if is_ahead(start) or (b.point_to_point and is_call(start, *_CHANNELS.values())):
         return b.out.call_method("wait", (pending,))
     done = b.call(collectives.wait, pending, _called(start))
     if not is_call(start, ops.reduce_scatter, ops.all_reduce):
@@ -340,14 +351,18 @@ def _update(b: _Builder, node: fx.Node) -> fx.Node:
 
 
 def _refresh(b: _Builder, node: fx.Node) -> fx.Node:
-    full: fx.Node
-    full, shard, bucket, world = b.args(node)
-    if b.graph.world == 1:
-        return full
-    if b.point_to_point:
-        return b.start("gathers", "gather", shard, full, bucket)
-    op = c10d.all_gather_into_tensor_out.default
-    return b.out.call_function(op, (shard, world, b.group), {"out": full})
+    full, shard, bucket, _ = b.args(node)
+    return full if b.graph.world == 1 else b.start("ahead", "refresh", full, shard, bucket)
+
+
+def _refreshed(b: _Builder, node: fx.Node) -> fx.Node:
+    full, bucket = b.args(node)
+    return full if b.graph.world == 1 else b.start("ahead", "refreshed", full, bucket)
+
+
+def _gather_ahead(b: _Builder, node: fx.Node) -> fx.Node | None:
+    shard, bucket, _ = b.args(node)
+    return None if b.graph.world == 1 else b.start("ahead", "begin", shard, bucket)
 
 
 _HANDLERS: dict[Any, Handler] = {
@@ -370,6 +385,8 @@ _HANDLERS: dict[Any, Handler] = {
     ops.sum_weights: _sum_weights,
     ops.update: _update,
     ops.refresh: _refresh,
+    ops.refreshed: _refreshed,
+    ops.gather_ahead: _gather_ahead,
 }
 
 

@@ -9,11 +9,12 @@
                                                  %b0.sum = zero.accumulate %b0.kept, %b0.mean
                                                  return %b0.sum
 
-At stages 0 and 1 the buffer itself is accumulated and reduced in the step, at the boundary of
-gradient accumulation; at 2 and 3 (gradient partitioning, ZeRO, arXiv:1910.02054 section 5.2) each
-backward reduces and shards accumulate. Every trainable bucket is reduced, whichever gradients this
-graph has, so that the order of collectives never depends on them. Each backward weighs 1/accumulation
-(with weighted accumulation 1: the losses carry their weights, and `update` divides by their sum).
+At stages 0 and 1 with gradient accumulation the buffer itself is accumulated, and reduced in the step, at the
+boundary; at 2 and 3 (gradient partitioning, ZeRO, arXiv:1910.02054 section 5.2), and where a step has one
+backward, each backward reduces, behind its compute, and what it receives accumulates. Every trainable bucket
+is reduced, whichever gradients this graph has, so that the order of collectives never depends on them. Each
+backward weighs 1/accumulation (with weighted accumulation 1: the losses carry their weights, and `update`
+divides by their sum).
 """
 
 from collections.abc import Mapping
@@ -74,15 +75,14 @@ class Reduce:
 
     def _reduce(self, graph: TrainGraph, bucket: Bucket, filled: fx.Node) -> fx.Node:
         dtype = graph.precision.accumulate(bucket.dtype)
-        partitioned = graph.stage >= 2
-        numel = bucket.shard_numel if partitioned else bucket.numel
+        whole = graph.stage == 0 or not graph.reduces_early
+        numel = bucket.numel if whole else bucket.shard_numel
         value = graph.fake(numel, dtype, filled.meta["val"].device)
         kept = graph.add_placeholder("kept", bucket.name, value)
         with graph.inserting(filled.next, "backward", bucket.block) as insert:
             grad = filled
-            if partitioned:
-                how = *self.average.factors(graph.world), graph.world
-                grad = insert(ops.wait, insert(ops.reduce_scatter, grad, bucket.name, *how))
+            if graph.reduces_early:
+                grad = insert(ops.wait, _start(graph, insert, self.average, bucket, grad))
             return insert(ops.accumulate, kept, grad, bucket.name, self.weight)
 
 
@@ -90,15 +90,21 @@ def means(
     graph: TrainGraph, insert: Inserter, average: Average, kept: Mapping[Bucket, fx.Node]
 ) -> dict[Bucket, fx.Node]:
     """In the step, each bucket's mean gradient: of the whole at stage 0, else of this rank's slice."""
-    if graph.stage >= 2:
+    if graph.reduces_early:
         return dict(kept)
-    target = ops.all_reduce if graph.stage == 0 else ops.reduce_scatter
     started = {}
     for bucket, node in kept.items():
         sent = _cast(insert, node, graph.precision.reduce(bucket.dtype))
-        how = *average.factors(graph.world), graph.world
-        started[bucket] = insert(target, sent, bucket.name, *how)
+        started[bucket] = _start(graph, insert, average, bucket, sent)
     return {bucket: insert(ops.wait, node) for bucket, node in started.items()}
+
+
+def _start(
+    graph: TrainGraph, insert: Inserter, average: Average, bucket: Bucket, sent: fx.Node
+) -> fx.Node:
+    """The reduction of one bucket."""
+    target = ops.all_reduce if graph.stage == 0 else ops.reduce_scatter
+    return insert(target, sent, bucket.name, *average.factors(graph.world), graph.world)
 
 
 def _cast(insert: Inserter, node: fx.Node, dtype: torch.dtype) -> fx.Node:

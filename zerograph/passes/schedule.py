@@ -1,26 +1,35 @@
 """schedule: start gathers early and finish reductions late, under the config's bounds.
 
     before                                     after
-      %b0 = zero.gather b0                       %b0 = zero.gather b0
-      zero.wait %b0                              %b1 = zero.gather b1
-      %0 = aten.embedding(..)                    zero.wait %b0
-      %b1 = zero.gather b1                       %0 = aten.embedding(..)
-      zero.wait %b1                              zero.wait %b1
+      forward                                    forward
+        %b0 = zero.gather b0                       %b0 = zero.gather b0 ahead
+        zero.wait %b0                              %b1 = zero.gather b1
+        %0 = aten.embedding(..)                    zero.wait %b0
+        %b1 = zero.gather b1                       %0 = aten.embedding(..)
+        zero.wait %b1                              zero.wait %b1
+      step                                       step
+        zero.update.adamw %b0.shard, ..            zero.update.adamw %b0.shard, ..
+                                                   zero.gather_ahead b0
 
-A gather starts at an earlier bucket's wait, as far ahead as fewer than `prefetch` elements are then in
-flight beside the one that is waited for, and as no more than `max_live` gathered elements are alive. The
-wait of a reduction moves behind the start of the next `in_flight - 1` reductions, or to the end.
-The order of collectives follows from the graph alone.
+A step is a ring: what the forward needs first, the step before it starts, right behind the update of the
+bucket. Forward and backward are one line: a gather of the backward may start in the forward. The places at
+which a gather may start are the waits of earlier gathers, and the step. It starts as early as it pays, that
+is with at most `reach` gathers behind the one that is waited for, which keeps a link busy; as fewer than
+`prefetch` elements are in flight beside that one; and as no more than `max_live` gathered elements are alive.
+
+The wait of a reduction moves behind the start of the next `in_flight - 1` reductions, or to the end. The
+order of collectives follows from the graph alone.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import ClassVar, cast
 
 from torch import fx
 
 from zerograph import ops
 from zerograph.errors import PlanError
-from zerograph.ir import REGIONS, Region, TrainGraph, is_call
+from zerograph.ir import TrainGraph, bucket_of, is_call, region_of
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,10 @@ class Schedule:
     """Gathered elements that may be alive at once, a hard bound."""
     in_flight: int = 2
     """Reductions under way at once; each keeps its bucket's gradient buffer."""
+    reach: int = 2
+    """Gathers that wait in line behind the one that is needed next."""
+    across: bool = True
+    """Whether a gather may start in the region before its own."""
 
     name: ClassVar[str] = "schedule"
     requires: ClassVar[frozenset[str]] = frozenset({"reduced", "updated"})
@@ -38,54 +51,116 @@ class Schedule:
 
     def apply(self, graph: TrainGraph) -> str:
         _check_bound(graph, self.max_live)
-        moved = sum(self._prefetch(graph, region) for region in REGIONS)
+        line = _Line.of(graph, self)
+        moved, ahead = line.prefetch(), line.start_in_the_step()
         sunk = self._sink(graph)
-        return f"{moved} gathers started early, {sunk} reductions finished late"
-
-    def _prefetch(self, graph: TrainGraph, region: Region) -> int:
-        """Move gathers of one region earlier, in order, each no further than the one before it.
-
-        A slot is the place of one gather's wait; gathers start at slots only, so the gathered
-        elements alive peak at one of them.
-        """
-        nodes = graph.nodes(region)
-        gathers = [n for n in nodes if is_call(n, ops.gather)]
-        live = _live_at_slots(nodes)
-        slot, moved = 0, 0
-        behind: dict[object, int] = {}  # a bucket is not gathered twice at once
-        for index, gather in enumerate(gathers):
-            floor = min(index, max(slot, behind.get(gather.args[1], 0)))
-            slot = self._earliest(gathers, index, floor, live)
-            behind[gather.args[1]] = index + 1
-            if slot < index:
-                _wait_of(gathers[slot]).prepend(gather)
-                moved += 1
-        return moved
-
-    def _earliest(self, gathers: list[fx.Node], index: int, floor: int, live: list[int]) -> int:
-        """The first slot, not before `floor`, at which gather `index` may start; updates `live`."""
-        size, in_flight, slot = _numel(gathers[index]), _numel(gathers[index]), index
-        while (
-            slot > floor and in_flight <= self.prefetch and live[slot - 1] + size <= self.max_live
-        ):
-            slot -= 1
-            live[slot] += size
-            in_flight += _numel(gathers[slot])
-        return slot
+        said = f"{moved} gathers started early"
+        said += f" and {ahead} in the step before" if ahead else ""
+        return f"{said}, {sunk} reductions finished late"
 
     def _sink(self, graph: TrainGraph) -> int:
         """Move each reduction's wait, and the accumulation behind it, later in the backward."""
-        starts = [n for n in graph.nodes("backward") if is_call(n, ops.reduce_scatter)]
+        kinds = (ops.reduce_scatter, ops.all_reduce)
+        starts = [n for n in graph.nodes("backward") if is_call(n, *kinds)]
         if self.in_flight < 2:
             return 0
         for index, start in enumerate(starts):
             wait = _wait_of(start)
-            accumulate = next(iter(wait.users))
+            accumulated = next(iter(wait.users))
             later = index + self.in_flight - 1
             place = starts[later].next if later < len(starts) else graph.end("backward")
             place.prepend(wait)
-            place.prepend(accumulate)
+            place.prepend(accumulated)
         return len(starts)
+
+
+@dataclass
+class _Line:
+    """The gathers of a step in order. Slot `i` is the place of gather i's wait; slot -1 is in the step."""
+
+    options: Schedule
+    graph: TrainGraph
+    gathers: list[fx.Node]
+    live: list[int]
+    """Gathered elements alive at each slot."""
+    slots: list[int]
+    """Where each gather starts."""
+
+    @classmethod
+    def of(cls, graph: TrainGraph, options: Schedule) -> "_Line":
+        nodes = graph.nodes()
+        gathers = [n for n in nodes if is_call(n, ops.gather)]
+        return cls(options, graph, gathers, _live_at_slots(nodes), list(range(len(gathers))))
+
+    def prefetch(self) -> int:
+        """Move gathers earlier, in order, none further than the one before it; answers how many."""
+        behind: dict[str, int] = {}  # a bucket is not gathered twice at once
+        slot = 0
+        for index, gather in enumerate(self.gathers):
+            floor = max(slot, behind.get(bucket_of(gather), 0), self._first_slot(index))
+            slot = self.slots[index] = self._earliest(index, min(index, floor))
+            behind[bucket_of(gather)] = index + 1
+            if slot < index:
+                wait = _wait_of(self.gathers[slot])
+                self._move(gather, wait)
+        return sum(slot < index for index, slot in enumerate(self.slots))
+
+    def start_in_the_step(self) -> int:
+        """Start the first gathers of the forward in the step; answers how many."""
+        updates = {bucket_of(n): n for n in self.graph.nodes("step") if is_call(n, ops.update)}
+        if not updates or not self.options.across:
+            return 0
+        place = next(iter(updates.values()))
+        count = self._count_ahead()
+        for gather in self.gathers[:count]:
+            shard, bucket, world = gather.args
+            gather.args = (shard, bucket, world, True)
+            place = max(place, updates.get(cast(str, bucket), place))
+            with self.graph.inserting(place.next, "step", gather.meta["module"]) as insert:
+                place = insert(ops.gather_ahead, shard, bucket, world)
+        return count
+
+    def _count_ahead(self) -> int:
+        """How many gathers the step may start: what is then alive lasts into the forward's first slot."""
+        forward = [g for g in self.gathers if region_of(_wait_of(g)) == "forward"]
+        buckets = [bucket_of(gather) for gather in forward]
+        count = 0
+        for index, total in enumerate(accumulate(map(_numel, forward))):
+            beyond = index > self.options.reach or total > self.options.prefetch
+            if beyond or total > self.options.max_live or buckets[index] in buckets[:index]:
+                break
+            if self.slots[index] > 0:
+                break
+            count += 1
+        return count
+
+    def _first_slot(self, index: int) -> int:
+        """The first slot at which a gather may start if regions are not crossed."""
+        if self.options.across:
+            return 0
+        region = region_of(self.gathers[index])
+        return next(i for i, g in enumerate(self.gathers) if region_of(_wait_of(g)) == region)
+
+    def _earliest(self, index: int, floor: int) -> int:
+        """The first slot, not before `floor`, at which gather `index` may start; updates `live`."""
+        size, in_flight, slot = _numel(self.gathers[index]), _numel(self.gathers[index]), index
+        options = self.options
+        while (
+            slot > floor
+            and index - slot < options.reach
+            and in_flight <= options.prefetch
+            and self.live[slot - 1] + size <= options.max_live
+        ):
+            slot -= 1
+            self.live[slot] += size
+            in_flight += _numel(self.gathers[slot])
+        return slot
+
+    def _move(self, gather: fx.Node, wait: fx.Node) -> None:
+        wait.prepend(gather)
+        if region_of(gather) != region_of(wait):
+            gather.meta["region"] = region_of(wait)
+            self.graph.save(gather)
 
 
 def _wait_of(start: fx.Node) -> fx.Node:

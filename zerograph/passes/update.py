@@ -45,7 +45,7 @@ import torch
 from torch import fx
 
 from zerograph import ops
-from zerograph.ir import Inserter, TrainGraph, role_of
+from zerograph.ir import Inserter, TrainGraph, is_call, region_of, role_of
 from zerograph.layout import Bucket
 from zerograph.passes.reduce import MEAN, Average, means
 from zerograph.passes.scale import add_scalar
@@ -76,6 +76,8 @@ class Update:
 
     def apply(self, graph: TrainGraph) -> str:
         kept = [n for g, n in zip(graph.gradients, graph.outputs("backward")) if g.kind == "kept"]
+        if self.rule and graph.stage in (1, 2):
+            _wait_for_refreshes(graph)
         if not kept or not self.rule:
             return "no optimizer" if kept else "no gradients"
         graph.notes["optimizer"] = self.rule
@@ -99,7 +101,6 @@ class _Step:
             used = self._used(insert)
             hyper = self._hyper()
             self._updates(insert, grads, hyper, used, control)
-            self._refresh(insert, list(grads))
         self.graph.set_outputs(step=[norm])
 
     def _finish(self, insert: Inserter, grads: list[fx.Node]) -> tuple[fx.Node, fx.Node | None]:
@@ -163,9 +164,13 @@ class _Step:
                 given = master, grads[bucket], state, hyper, used, control, bucket.name, rule
                 norms[bucket] = insert(ops.measure, *given, len(bucket.params))
             norms = self._totals(insert, norms)
-        for bucket, (master, state, low) in slices.items():
+        for bucket in (b for b in self.graph.layout.trainable_buckets() if b in slices):
+            master, state, low = slices[bucket]
             args = master, grads[bucket], state, low, hyper, used, control, bucket.name, rule
             insert(ops.update, *args, *([norms[bucket]] if norms else []))
+            if self.graph.stage in (1, 2):
+                full = self.graph.placeholder("full", bucket.name)
+                insert(ops.refresh, full, self._own(bucket), bucket.name, self.graph.world)
 
     def _totals(self, insert: Inserter, own: dict[Bucket, fx.Node]) -> dict[Bucket, fx.Node]:
         """Sums over all ranks' parts of each parameter. All ranks exchange, whatever parameters they used."""
@@ -203,18 +208,26 @@ class _Step:
         dtype = self.graph.precision.master(bucket.dtype)
         return self.graph.add_placeholder(kind, name, self.graph.fake(numel, dtype, self._device))
 
-    def _refresh(self, insert: Inserter, buckets: list[Bucket]) -> None:
-        """At stages 1 and 2 every rank takes the others' updated slices into its full buckets."""
-        if self.graph.stage not in (1, 2):
-            return
-        started = []
-        for bucket in buckets:
-            full = self.graph.placeholder("full", bucket.name)
-            own = self._own(bucket)
-            started.append(insert(ops.refresh, full, own, bucket.name, self.graph.world))
-        for node in started:
-            insert(ops.wait, node)
-
     @property
     def _device(self) -> torch.device:
         return cast(torch.Tensor, self.graph.outputs("backward")[0].meta["val"]).device  # type: ignore[union-attr]
+
+
+def _wait_for_refreshes(graph: TrainGraph) -> None:
+    """Read a trained bucket only once the others' slices are there, which the step before has asked for."""
+    graph.notes["refreshes"] = True
+    trained = {bucket.name for bucket in graph.layout.trainable_buckets()}
+    waited: dict[str, fx.Node] = {}
+    for node in graph.nodes():
+        bucket = (
+            graph.layout.params[cast(str, node.args[1])].bucket if is_call(node, ops.param) else ""
+        )
+        if bucket not in trained:
+            continue
+        full, region = cast(fx.Node, node.args[0]), region_of(node)
+        if bucket not in waited:
+            block = graph.layout.buckets[bucket].block
+            with graph.inserting(node, region, block) as insert:
+                waited[bucket] = insert(ops.refreshed, full, bucket)
+        if region_of(waited[bucket]) == region:
+            node.replace_input_with(full, waited[bucket])

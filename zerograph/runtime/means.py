@@ -8,7 +8,7 @@ the config says. Here the same nodes are a program of their own, so that the bit
       %b0.mean = zero.reduce_scatter %0                      # stage 0: all_reduce
       zero.wait %b0.mean
 
-At stages 2 and 3 every backward has reduced: the slices kept are the means.
+Where every backward reduces (stages 2 and 3, or one backward a step) what is kept are the means.
 """
 
 from collections.abc import Mapping
@@ -32,6 +32,8 @@ class Means:
 
     state: State
     average: Average
+    early: bool
+    """Whether every backward reduces: what is kept are the means."""
     _made: tuple[Layout, Program] | None = None
 
     @torch.no_grad()
@@ -42,7 +44,8 @@ class Means:
         """
         kept = {b.name: self.state.storages[b.name].kept for b in self._buckets()}
         own = {name: grad for name, grad in kept.items() if grad is not None}
-        reduced = self._reduced(own) if self.state.stage < 2 and len(own) == len(kept) else own
+        late = not self.early and len(own) == len(kept)
+        reduced = self._reduced(own) if late else own
         return {name: self._whole(name, reduced) for name in kept}
 
     def _whole(self, name: str, reduced: Mapping[str, Tensor]) -> Tensor | None:
@@ -74,6 +77,7 @@ class Means:
         tables = state.layout, state.precision, (), ()
         made = TrainGraph(module, "", *tables, mode, training=True, stage=state.stage)
         made.notes["collectives"] = state.world.algorithm
+        made.notes["accumulation"] = None  # any number: reduced late
         kept = {}
         for bucket in self._buckets():
             dtype = state.precision.accumulate(bucket.dtype)

@@ -132,8 +132,11 @@ class _Timed(fx.Interpreter):
     def _note(self, n: fx.Node, begin: Mark, end: Mark) -> None:
         index = n.meta["plan"] - self._program.first
         if waits_for_collective(n):
-            started = cast(fx.Node, n.args[0]).meta["plan"] - self._program.first
-            self._extend(started, "communication", begin, end)
+            started = cast(fx.Node, n.args[0]).meta.get("plan", -1)
+            if started in self._collectives:
+                self._extend(started - self._program.first, "communication", begin, end)
+            else:  # another region, or the step before, has started it
+                self._extend(index, "compute", begin, end)
         elif n.meta["plan"] in self._collectives:
             self._extend(index, "communication", begin, end)
         else:

@@ -42,6 +42,7 @@ def unfreeze(
     layout, spec = planner.layout(trained)
     if optimizer is not None:
         optimizer.require_relayable()
+    state.ahead.settle()
     relay(state, layout, spec.states if spec else ())
     if optimizer is not None:
         optimizer.relaid()

@@ -22,6 +22,7 @@ from zerograph.errors import PlanError
 from zerograph.ir import Role
 from zerograph.layout import Bucket, Layout, Param
 from zerograph.precision import Precision
+from zerograph.runtime.ahead import Ahead
 from zerograph.runtime.world import World
 
 
@@ -55,8 +56,13 @@ class State:
     """The loss scale, fp32 []; None where the loss is not scaled."""
     shown: set[str] = field(default_factory=set)
     """Parameters that hold their full values at the moment (runtime/shown.py)."""
+    ahead: Ahead = field(init=False)
+    """What the last step has started for the next."""
     version: int = 0
     """Counts the changes of parameters, so that a backward notices one since its forward."""
+
+    def __post_init__(self) -> None:
+        self.ahead = Ahead(self.world)
 
     @classmethod
     def take_over(
@@ -90,12 +96,12 @@ class State:
 
     # Reading
 
-    def resolve(self, role: Role) -> Tensor | Channel | None:
+    def resolve(self, role: Role) -> Tensor | Channel | Ahead | None:
         """The tensor (or channel) behind a program's input."""
         if role.kind == "scale":
             return self.scale
         if role.kind == "channel":
-            return self.world.channel(role.name)
+            return self.ahead if role.name == "ahead" else self.world.channel(role.name)
         name, _, part = role.name.partition("/")
         storage = self.storages[name]
         if role.kind == "state":
@@ -129,6 +135,7 @@ class State:
 
     def write(self, bucket: Bucket, flat: Tensor, params: Iterable[Param]) -> None:
         """Take the values of these parameters from `flat` [numel], the same on all ranks."""
+        self.ahead.settle()
         storage = self.storages[bucket.name]
         targets = [(storage.master, self.own(flat)), (storage.shard, self.own(flat))]
         for param in params:

@@ -166,6 +166,7 @@ class Updates:
         self.settle()
         program = self.chosen[1]
         self.optimizer.begin()
+        self.state.ahead.settle()
         inputs = [self._input(role.kind, role) for role in program.inputs]
         self.drop()
         (norm,) = self.execute(program, inputs)

@@ -107,6 +107,7 @@ def _check(own: Mapping[str, Any], given: Mapping[str, Any], strict: bool) -> No
 @torch.no_grad()
 def give_back(state: State) -> None:
     """Give every parameter a full storage of its own again, with its values."""
+    state.ahead.settle()
     for bucket in state.layout.buckets.values():
         flat = state.full_values(bucket)
         for param in state.layout.bucket_params(bucket.name):

@@ -10,7 +10,7 @@ from torch._ops import OpOverload
 from zerograph import ops
 from zerograph.compat import SYMBOLIC
 from zerograph.cost import collective_bytes
-from zerograph.ir import bucket_of, is_call, map_tensors, module_of, region_of
+from zerograph.ir import bucket_of, is_ahead, is_call, map_tensors, module_of, region_of
 from zerograph.precision import short
 from zerograph.text.names import Names
 from zerograph.units import size
@@ -33,7 +33,8 @@ class Line(NamedTuple):
 def line_of(node: fx.Node, names: Names) -> Line:
     if ops.is_zero(node.target):
         body = _zero_line(node, names)
-        note = size(collective_bytes(node)) if is_call(node, *ops.COLLECTIVES) else ""
+        moves = is_call(node, *ops.COLLECTIVES, ops.gather_ahead)
+        note = size(collective_bytes(node)) if moves else ""
     else:
         body = f"{names[node]}: {type_of(node, names)} = {_call(node, names)}"
         note = module_of(node)
@@ -56,8 +57,10 @@ def _zero_line(node: fx.Node, names: Names) -> str:
     name, args = names[node], node.args
     first = _value(args[0], names)
     if is_call(node, ops.gather):
-        return f"{name} = {target} {args[1]}"
-    if is_call(node, ops.wait, ops.release):
+        return f"{name} = {target} {args[1]}" + (" ahead" if is_ahead(node) else "")
+    if is_call(node, ops.gather_ahead):
+        return f"{target} {args[1]}"
+    if is_call(node, ops.wait, ops.release, ops.refreshed):
         return f"{target} {first}"
     if is_call(node, ops.param):
         return f"{name}: {type_of(node, names)} = {target} {first}"

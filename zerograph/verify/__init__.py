@@ -41,6 +41,8 @@ CHECKS: tuple[tuple[frozenset[str], Check], ...] = (
     (_HAS({"updated"}), step.norm_covers_all),
     (_HAS({"updated"}), norms.measured_once),
     (_HAS({"updated"}), norms.norms_are_whole),
+    (_HAS({"updated"}), collectives.refreshes_are_waited_for),
+    (_HAS({"scheduled"}), collectives.the_step_starts_what_the_forward_takes),
     (_HAS({"scheduled"}), collectives.bound_holds),
 )
 """What must have been provided, and the check that then holds. The order is that of the passes."""

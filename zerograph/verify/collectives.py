@@ -1,5 +1,6 @@
 """Checks of buckets and collectives: gathers, releases, waits, and the bound on what is gathered."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import cast
 
@@ -7,7 +8,7 @@ from torch import fx
 
 from zerograph import ops
 from zerograph.cost import peak_gathered
-from zerograph.ir import TrainGraph, is_call, region_of, role_of, view_root
+from zerograph.ir import TrainGraph, is_ahead, is_call, region_of, role_of, view_root
 from zerograph.passes.release import users_of_aliases
 from zerograph.verify.common import bucket_of, say, source_of
 
@@ -39,15 +40,19 @@ def params_are_gathered(graph: TrainGraph) -> Iterator[str]:
 
 
 def collectives_are_waited_for(graph: TrainGraph) -> Iterator[str]:
+    saved = graph.outputs("saved")
     for node in graph.nodes():
         if is_call(node, *ops.COLLECTIVES):
             waits = [user for user in node.users if is_call(user, ops.wait)]
-            if len(waits) != 1:
-                yield f"{say(node)} has {len(waits)} waits, not one"
-            elif region_of(waits[0]) != region_of(node):
-                yield f"{say(node)} is waited for in the {region_of(waits[0])}"
+            due = (
+                0 if is_call(node, ops.refresh) else 1
+            )  # the next forward's `refreshed` waits for it
+            if len(waits) != due:
+                yield f"{say(node)} has {len(waits)} waits, not {due}"
+            elif due and region_of(waits[0]) != region_of(node) and node not in saved:
+                yield f"{say(node)} is waited for in the {region_of(waits[0])}, and not kept for it"
             for user in node.users:
-                if user not in waits:
+                if user not in waits and not (user.op == "output" and node in saved):
                     what = "the output" if user.op == "output" else user.name
                     yield f"{what} uses {say(node)} without waiting for it"
             if graph.world != _world_of(node):
@@ -57,7 +62,42 @@ def collectives_are_waited_for(graph: TrainGraph) -> Iterator[str]:
 
 
 def _world_of(node: fx.Node) -> int:
-    return cast(int, node.args[-1])
+    return cast(int, node.args[2] if is_call(node, ops.gather) else node.args[-1])
+
+
+def the_step_starts_what_the_forward_takes(graph: TrainGraph) -> Iterator[str]:
+    """A gather with `ahead` has one start in the step, behind the update of its bucket."""
+    taken = Counter(bucket_of(n) for n in graph.nodes("forward") if is_ahead(n))
+    started = Counter(bucket_of(n) for n in graph.nodes() if is_call(n, ops.gather_ahead))
+    for bucket in dict.fromkeys([*taken, *started]):
+        if (taken[bucket], started[bucket]) != (1, 1):
+            yield (
+                f"the forward takes {taken[bucket]} gathers of {bucket} that the step has started, and the "
+                f"step starts {started[bucket]}"
+            )
+    updates = {bucket_of(n): n for n in graph.nodes("step") if is_call(n, ops.update)}
+    for node in graph.nodes():
+        if is_ahead(node) and region_of(node) != "forward":
+            yield f"{say(node)} is taken from the step before"
+        if is_call(node, ops.gather_ahead):
+            update = updates.get(bucket_of(node))
+            if region_of(node) != "step":
+                yield f"{say(node)} is for the next step"
+            elif update is not None and node < update:
+                yield f"{say(node)} stands before the update of its bucket"
+
+
+def refreshes_are_waited_for(graph: TrainGraph) -> Iterator[str]:
+    """At stages 1 and 2 a parameter that the step refreshes is read from a bucket that is waited for."""
+    due = graph.stage in (1, 2) and graph.notes.get("refreshes", False)
+    waits = {bucket_of(n): n for n in reversed(graph.nodes()) if is_call(n, ops.refreshed)}
+    for node in graph.nodes():
+        if not (due and is_call(node, ops.param)):
+            continue
+        param = graph.layout.params[cast(str, node.args[1])]
+        wait = waits.get(param.bucket)
+        if graph.layout.buckets[param.bucket].trainable and (wait is None or node < wait):
+            yield f"{param.name} in the {region_of(node)} is read before its refresh is waited for"
 
 
 def gathers_are_released(graph: TrainGraph) -> Iterator[str]:

@@ -65,8 +65,9 @@ def _chain(graph: TrainGraph, buffer: fx.Node, puts: Counter[str]) -> Iterator[s
             yield f"the gradient of {param.name} is put to a wrong place of {bucket}"
         puts[param.name] += 1
         node = user
-    if graph.stage >= 2:
-        if not is_call(user, ops.reduce_scatter) or user.args[1] != bucket:
+    if graph.reduces_early:
+        reduction = ops.all_reduce if graph.stage == 0 else ops.reduce_scatter
+        if not is_call(user, reduction) or user.args[1] != bucket:
             yield f"the buffer of {bucket} goes to {user.name} unreduced"
             return
         user = next(iter(next(iter(user.users), user).users), user)

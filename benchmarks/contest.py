@@ -1,11 +1,12 @@
 """A contest of training steps: the model, the batches, taking turns, and what is compared.
 
 Contestants live in the same processes, one thread a rank, start from the same weights and see the same
-batches. They take turns, one step at a time, in an order that rotates, so that whatever else the machine
-does falls on all of them alike. A step's time is that of the slowest rank; its CPU time is the mean over
-ranks of all threads' work, gloo's included. Ratios are medians of the ratios within a round, where
-contestants ran next to each other. Nothing here knows zerograph, so that peers can use it in environments
-of their own.
+batches. They take turns, a few steps at a time, in an order that rotates, so that whatever else the machine
+does falls on all of them alike. A turn begins with a step that is not timed: what one step leaves to be sent
+behind the next is paid for by the steps that are. A step's time is that of the slowest rank; its CPU time is
+the mean over ranks of all threads' work, gloo's included. Ratios are medians of the ratios within a round,
+where contestants ran next to each other. Nothing here knows zerograph, so that peers can use it in
+environments of their own.
 """
 
 import argparse
@@ -25,7 +26,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 BATCH, SEQUENCE, LAYERS = 4, 128, 7
 LR, BETAS, EPS, WEIGHT_DECAY = 1e-3, (0.9, 0.95), 1e-8, 0.1
-WARM_UP = 2
+WARM_UP = 1
+LEAD, TIMED = 1, 2
+"""Steps of a turn: not timed, and timed."""
 DIGITS = {"fp32": 5, "bf16": 3}
 """How many digits of the losses agree. In bf16 peers round gradients at other places."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -79,13 +82,9 @@ def measure(steps: Mapping[str, Step], rounds: int) -> dict[str, Times]:
     names = list(steps)
     for index in range(WARM_UP + rounds):
         shift = index % len(names)
-        batch = batch_of(index, dist.get_rank())
         for name in names[shift:] + names[:shift]:
-            seconds, cpu_seconds, loss = _one(steps[name], batch)
-            times[name].losses.append(loss)
-            if index >= WARM_UP:
-                times[name].seconds.append(seconds)
-                times[name].cpu_seconds.append(cpu_seconds)
+            timed = times[name] if index >= WARM_UP else Times(name)
+            times[name].losses += _turn(steps[name], index, timed)
         if dist.get_rank() == 0:
             print(f"round {index + 1} of {WARM_UP + rounds}", end="\r", file=sys.stderr)
     if dist.get_rank() == 0:
@@ -93,20 +92,27 @@ def measure(steps: Mapping[str, Step], rounds: int) -> dict[str, Times]:
     return times
 
 
-def _one(step: Step, batch: Mapping[str, Tensor]) -> tuple[float, float, float]:
-    """One step, started together: seconds of the slowest rank, mean CPU seconds, this loss.
+def _turn(step: Step, turn: int, times: Times) -> list[float]:
+    """`LEAD` steps, then `TIMED` ones behind them: their mean seconds (of the slowest rank) and CPU seconds.
 
-    A contestant that computes in another process has a clock of its own (`process_time`).
+    What a step leaves under way for the next is there when the timed ones begin, as when they end; the turn
+    ends once nothing is (`drain`, if the contestant has one). A contestant that computes in another
+    process has a clock of its own (`process_time`). Answers the losses on this rank.
     """
     process_time: Callable[[], float] = getattr(step, "process_time", time.process_time)
+    batches = [batch_of(turn * (LEAD + TIMED) + i, dist.get_rank()) for i in range(LEAD + TIMED)]
     dist.barrier()
+    losses = [step(batch) for batch in batches[:LEAD]]
     start, cpu_start = time.perf_counter(), process_time()
-    loss = step(batch)
-    slowest = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
-    worked = torch.tensor(process_time() - cpu_start, dtype=torch.float64)
+    losses += [step(batch) for batch in batches[LEAD:]]
+    slowest = torch.tensor((time.perf_counter() - start) / TIMED, dtype=torch.float64)
+    worked = torch.tensor((process_time() - cpu_start) / TIMED, dtype=torch.float64)
+    getattr(step, "drain", lambda: None)()
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     dist.all_reduce(worked)
-    return float(slowest), float(worked) / dist.get_world_size(), float(loss)
+    times.seconds.append(float(slowest))
+    times.cpu_seconds.append(float(worked) / dist.get_world_size())
+    return [float(loss) for loss in losses]
 
 
 def require_agreement(times: Mapping[str, Times], dtype: str = "fp32") -> None:

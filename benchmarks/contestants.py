@@ -48,6 +48,10 @@ class Zerograph:
         self.engine.step()
         return loss.detach()
 
+    def drain(self) -> None:
+        """Wait for what the last step has started for the next."""
+        self.engine.state.ahead.settle()
+
 
 def configs(options: argparse.Namespace) -> dict[str, Any]:
     """Those of zerograph, by the contestant's name."""

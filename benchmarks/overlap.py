@@ -33,7 +33,6 @@ from contest import (
     DIGITS,
     DTYPES,
     SEQUENCE,
-    WARM_UP,
     Times,
     launch,
     llama,
@@ -70,7 +69,7 @@ def time(options: argparse.Namespace) -> bool:
         print(f"\nline rate {rate / 1e6:.1f} MB/s each way\n")
         print(bounds.table_of_verdicts(verdicts))
         print(
-            f"all losses agree to {DIGITS[options.dtype]} digits over {WARM_UP + options.rounds} steps"
+            f"all losses agree to {DIGITS[options.dtype]} digits over {len(times['ddp'].losses)} steps"
         )
         facts = {"link": "loopback" if loopback else "network", "line_rate": rate}
         write(options, facts | {"results": results(times, sent, least), "bounds": said(verdicts)})

@@ -23,7 +23,6 @@ from contest import (
     EPS,
     LR,
     SEQUENCE,
-    WARM_UP,
     WEIGHT_DECAY,
     Step,
     Times,
@@ -137,7 +136,7 @@ def run(options: argparse.Namespace) -> None:
     require_agreement(times)
     if dist.get_rank() == 0:
         print(table(times))
-        print(f"all losses agree to {DIGITS['fp32']} digits over {WARM_UP + options.rounds} steps")
+        print(f"all losses agree to {DIGITS['fp32']} digits over {len(times['ddp'].losses)} steps")
         if options.json:
             options.json.write_text(json.dumps(report(times), indent=2) + "\n")
 

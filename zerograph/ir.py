@@ -108,7 +108,7 @@ class TrainGraph:
 
         So it is where ranks keep slices of them, and where a step has one backward.
         """
-        return self.stage >= 2 or self.notes.get("accumulation", 1) == 1
+        return self.stage >= 2 or self.notes.get("accumulation") == 1
 
     @property
     def device(self) -> torch.device:

@@ -26,11 +26,12 @@ from zerograph.saved import Entry, Saved
 
 Kind = Literal["gather", "reduce_scatter", "all_reduce"]
 _KINDS: dict[str, Kind] = {
-    **dict.fromkeys(("gather", "refresh", "gather_partials", "gather_norms"), "gather"),
+    **dict.fromkeys(("gather", "gather_ahead", "refresh"), "gather"),
+    **dict.fromkeys(("gather_partials", "gather_norms"), "gather"),
     "reduce_scatter": "reduce_scatter",
     **dict.fromkeys(("all_reduce", "any_rank", "sum_weights"), "all_reduce"),
 }
-_OF_BUCKETS = ("gather", "refresh", "reduce_scatter")
+_OF_BUCKETS = ("gather", "gather_ahead", "refresh", "reduce_scatter")
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]

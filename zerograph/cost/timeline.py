@@ -3,12 +3,13 @@
 The host issues nodes in order, ahead of an asynchronous device. Compute runs them one after another. The
 collectives share one stream and run in the order of their issue, each when its inputs are there; a
 `wait` holds compute until its collective is done. Where both take the same cores (CPU, gloo), compute and
-a collective that run at once slow each other by fixed shares.
+a collective that run at once slow each other by fixed shares. What a step starts for the next one is under
+way when that begins: the timeline is of a step among others like it, and such a collective may end after it.
 """
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, cast
 
@@ -18,10 +19,11 @@ from zerograph import ops
 from zerograph.cost.cluster import Cluster
 from zerograph.cost.traffic import collective_bytes, name_of
 from zerograph.cost.work import work_of
-from zerograph.ir import REGIONS, TrainGraph, is_call, is_view, region_of
+from zerograph.ir import REGIONS, TrainGraph, bucket_of, is_ahead, is_call, is_view, region_of
 from zerograph.precision import short
 
 Stream = Literal["compute", "communication", "copy"]
+MOST_STEPS = 5
 STREAMS: tuple[Stream, ...] = ("compute", "communication", "copy")
 
 
@@ -48,11 +50,8 @@ class Timeline:
     spans: tuple[Span, ...]
     waited: float
     """Seconds for which compute stood still for a collective."""
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of the whole step."""
-        return max((span.end for span in self.spans), default=0.0)
+    seconds: float
+    """Of the whole step: from the end of the one before to its own."""
 
     @cached_property
     def busy(self) -> dict[str, float]:
@@ -80,6 +79,7 @@ class _Pending:
     left: float
     """Seconds that it still takes when nothing slows it."""
     begun: float | None = None
+    step: int = 0
 
 
 @dataclass
@@ -93,22 +93,50 @@ class _Rank:
     waited: float = 0.0
     queue: deque[_Pending] = field(default_factory=deque)
     spans: list[Span] = field(default_factory=list)
+    step: int = 0
+    """Which step this is of those that follow each other."""
+    ahead: dict[tuple[str, str], int] = field(default_factory=dict)
+    """By operator and bucket, what the step before has started for this one."""
 
     def run(self) -> Timeline:
+        """Steps until one leaves as much under way as the one before it; the timeline is that one's."""
+        left = -1.0
+        for self.step in range(MOST_STEPS):
+            begin, self.waited, self.spans = self.now, 0.0, []
+            self._run_step()
+            left, before = sum(pending.left for pending in self.queue), left
+            if not self.ahead or abs(left - before) <= 1e-9 * (self.now - begin):
+                break
+        seconds = self.now - begin
+        while self.queue:
+            self._finish_first()
+        spans = (replace(s, start=s.start - begin, end=s.end - begin) for s in self.spans)
+        ends = max((span.end for span in self.spans), default=begin) - begin
+        return Timeline(
+            tuple(sorted(spans, key=lambda span: span.node)),
+            self.waited,
+            seconds if self.ahead else ends,
+        )
+
+    def _run_step(self) -> None:
         started: dict[fx.Node, int] = {}
         for index, node in _numbered(self.graph):
-            if is_call(node, *ops.COLLECTIVES):
+            taken = _taken(node)
+            if taken in self.ahead:
+                started[node] = self.ahead.pop(taken)
+            elif is_call(node, *ops.COLLECTIVES, ops.gather_ahead):
                 self._issue(index, node)
                 started[node] = index
+            if is_call(node, ops.gather_ahead, ops.refresh):
+                self.ahead[name_of(node), bucket_of(node)] = index
+            elif is_call(node, ops.refreshed):
+                self._await(started.get(node, -1))
             elif is_call(node, ops.wait):
                 start = cast(fx.Node, node.args[0])
                 self._await(started.get(start, -1))
                 self._sum(start)
-            else:
+            elif node not in started:
                 self._compute(index, node)
-        while self.queue:
-            self._finish_first()
-        return Timeline(tuple(sorted(self.spans, key=lambda span: span.node)), self.waited)
 
     def _compute(self, index: int, node: fx.Node) -> None:
         device, work = self.cluster.device, work_of(node)
@@ -128,7 +156,7 @@ class _Rank:
         if copied:
             self._advance(self.cluster.device.seconds(0, copied, "f32"))
         took = self.cluster.collective(kind, nbytes, world)
-        self.queue.append(_Pending(index, region_of(node), took))
+        self.queue.append(_Pending(index, region_of(node), took, step=self.step))
         self._begin_first()
 
     def _await(self, index: int) -> None:
@@ -203,12 +231,20 @@ class _Rank:
     def _end_first(self) -> None:
         done = self.queue.popleft()
         assert done.begun is not None
-        self.spans.append(Span(done.node, done.region, "communication", done.begun, self.now))
+        if done.step == self.step:
+            self.spans.append(Span(done.node, done.region, "communication", done.begun, self.now))
         self._begin_first()
 
     def _begin_first(self) -> None:
         if self.queue and self.queue[0].begun is None:
             self.queue[0].begun = self.now
+
+
+def _taken(node: fx.Node) -> tuple[str, str]:
+    """What a node takes from the step before, by operator and bucket."""
+    if is_ahead(node):
+        return "gather_ahead", bucket_of(node)
+    return ("refresh", bucket_of(node)) if is_call(node, ops.refreshed) else ("", "")
 
 
 def _numbered(graph: TrainGraph) -> Iterator[tuple[int, fx.Node]]:

@@ -7,11 +7,11 @@
                                                  %1 = aten.mm(%x, %w)
 
 One gather serves all uses of a bucket that lie at most `max_reuse_distance` elements of other buckets apart,
-those of the forward and of the backward in one line (a distance of 0 keeps nothing for the backward). Beyond
-it, or where keeping the bucket would have more than `max_live` gathered elements alive, it is gathered again:
-buckets whose uses are nearest are kept first, since all save the same bytes per byte kept, and those are kept
-for the shortest time. Gathers are placed just in time; `schedule` starts them earlier. ZeRO,
-arXiv:1910.02054 section 7.2.2.
+those of the forward and of the backward in one line: at a distance of 0, those with no other bucket between
+them. Beyond it, or where keeping the bucket would have more than `max_live` gathered elements alive, it is
+gathered again: buckets whose uses are nearest are kept first, since all save the same bytes per byte kept,
+and those are kept for the shortest time. Gathers are placed just in time; `schedule` starts them earlier.
+ZeRO, arXiv:1910.02054 section 7.2.2.
 """
 
 from collections.abc import Iterable
@@ -42,8 +42,7 @@ class Gather:
         if graph.stage < 3:
             return "every rank holds the full buckets"
         runs = self._runs(graph)
-        across = self.across and self.max_reuse_distance > 0
-        kept = _affordable(graph, runs, self.max_live) if across else ()
+        kept = _affordable(graph, runs, self.max_live) if self.across else ()
         count = 0
         for run in runs:
             for views in [run.views] if run in kept else run.by_region():

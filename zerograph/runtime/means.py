@@ -77,7 +77,6 @@ class Means:
         tables = state.layout, state.precision, (), ()
         made = TrainGraph(module, "", *tables, mode, training=True, stage=state.stage)
         made.notes["collectives"] = state.world.algorithm
-        made.notes["accumulation"] = None  # any number: reduced late
         kept = {}
         for bucket in self._buckets():
             dtype = state.precision.accumulate(bucket.dtype)

@@ -45,7 +45,7 @@ def saved_is_no_parameter(graph: TrainGraph) -> Iterator[str]:
     for node in graph.nodes("backward"):
         for source in node.all_input_nodes:
             crosses = source.op == "call_function" and region_of(source) == "forward"
-            gathered = is_call(node, ops.param, ops.release) and _is_gathered(source)
+            gathered = is_call(node, ops.param, ops.release, ops.wait) and _is_gathered(source)
             if crosses and not gathered and _comes_from(source, kinds):
                 yield (
                     f"{node.name} in the backward reads {source.name}, which the forward made and "

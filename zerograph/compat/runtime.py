@@ -8,11 +8,15 @@ import torch
 import torch.distributed as dist
 
 
-def clear_saved(ctx: Any) -> None:
-    """Let go of an autograd node's saved tensors inside its backward (unless the graph is kept)."""
+def clear_saved(ctx: Any) -> bool:
+    """Let go of an autograd node's saved tensors in its backward. False if the graph is kept."""
     clear: Callable[[], None] | None = getattr(ctx, "maybe_clear_saved_tensors", None)
     if clear is not None:
         clear()
+    try:
+        return not ctx.saved_tensors
+    except RuntimeError:  # they are freed
+        return True
 
 
 def mark_stepped(optimizer: torch.optim.Optimizer) -> None:

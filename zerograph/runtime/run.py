@@ -228,7 +228,8 @@ class _Step(torch.autograd.Function):
         compiled: Compiled = ctx.compiled
         graph = compiled.plan.graph
         saved = {**dict(zip(ctx.names, _saved(ctx), strict=True)), **ctx.scalars}
-        compat.clear_saved(ctx)
+        if compat.clear_saved(ctx):
+            ctx.scalars = {}
         compiled.waiting.discard(ctx)
         entries = [r for r in graph.results if r.kind == "output"]
         arrived = {r.name: g for r, g in zip(entries, gradients, strict=True) if g is not None}

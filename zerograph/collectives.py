@@ -15,7 +15,7 @@ alive until then. One that fails, or does not end within the process group's tim
 CommunicationError.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -119,6 +119,11 @@ class Exchange:
                     arriving.append(group.recv([self.places[peer][chunk]], peer, tag))
                     self._sent.append(group.send([parts[peer][chunk]], peer, tag))
                 self._arriving.append((chunk, arriving))
+
+    def through(self, wrap: Callable[[dist.Work], dist.Work]) -> None:
+        """Wait for `wrap(work)` in place of each message's work: in the order of the waits."""
+        self._arriving = [(chunk, list(map(wrap, works))) for chunk, works in self._arriving]
+        self._sent = list(map(wrap, self._sent))
 
     def arrivals(self) -> Iterator[slice]:
         """Each chunk, once it is there from all ranks; at the end everything is sent as well."""

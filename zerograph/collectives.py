@@ -15,6 +15,7 @@ alive until then. One that fails, or does not end within the process group's tim
 CommunicationError.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -56,6 +57,8 @@ class Channel:
     rank: int
     size: int
     _tags: Iterator[int] = field(default_factory=count)
+    watch: "Watch | None" = None
+    """Told of every collective that is started, while a profile runs (runtime/watch.py)."""
 
     @classmethod
     def beside(cls, group: dist.ProcessGroup) -> "Channel":
@@ -66,11 +69,14 @@ class Channel:
 
     def gather(self, shard: Tensor, full: Tensor, bucket: str) -> "Gathering":
         """Start gathering all ranks' shards [n] into `full` [size * n], of which `shard` may be a part."""
+        begin = time.perf_counter()
         places = list(full.view(self.size, -1))
-        pending = Gathering(self, f"the gather of bucket {bucket}", shard, places, full)
+        pending = Gathering(self, f"the gather of bucket {bucket}", bucket, shard, places, full)
         pending.start([shard] * self.size)
         if places[self.rank].data_ptr() != shard.data_ptr():
             places[self.rank].copy_(shard)
+        if self.watch is not None:
+            self.watch(pending, begin)
         return pending
 
     def reduce_scatter(
@@ -80,12 +86,15 @@ class Channel:
 
         `mean` divides the sum by the number of ranks; otherwise it is multiplied by `factor`.
         """
+        begin = time.perf_counter()
         slices = list(buffer.view(self.size, -1))
         own = slices[self.rank]
         terms = [own if rank == self.rank else torch.empty_like(own) for rank in range(self.size)]
-        what = f"the reduction of bucket {bucket}"
-        pending = Reducing(self, what, own, terms, divisor=self.size if mean else 1, factor=factor)
+        what, divisor = f"the reduction of bucket {bucket}", self.size if mean else 1
+        pending = Reducing(self, what, bucket, own, terms, divisor=divisor, factor=factor)
         pending.start(slices)
+        if self.watch is not None:
+            self.watch(pending, begin)
         return pending
 
     def peers(self) -> Iterator[int]:
@@ -102,7 +111,8 @@ class Exchange:
 
     channel: Channel
     what: str
-    """For errors."""
+    """For errors, and to a profile its name."""
+    bucket: str
     own: Tensor
     """This rank's part."""
     places: list[Tensor]
@@ -145,6 +155,10 @@ class Exchange:
             yield
         except RuntimeError as error:
             raise failed(self.channel.rank, self.what, error) from error
+
+
+Watch = Callable[[Exchange, float], None]
+"""Told of an exchange, and when its start began (time.perf_counter)."""
 
 
 @dataclass

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -143,7 +144,9 @@ class Measured:
         steps = f"{self.steps} step{'' if self.steps == 1 else 's'}"
         title = f"{self.model}, stage {self.stage}, rank {self.rank} of {self.world}: {steps}"
         made = Table(
-            title=f"{title} in {duration(self.seconds)}, {self.line()}", title_justify="left"
+            title=f"{title} in {duration(self.seconds)}, {self.line()}",
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
         )
         for name in (*_COLUMNS, *_MOVED):
             right = name.startswith(">")
@@ -200,7 +203,7 @@ def _numbers(of: Iterable[Collective]) -> Sequence[str]:
     at_most, at_least = ("", "") if seen == calls else ("<= ", ">= ")
     return (
         f"{calls:,}",
-        duration(waited),
+        duration(waited) if waited else "0 s",
         at_most + duration(seconds),
         at_most + _share(1 - waited / seconds if seconds else 1.0),
         size(round(sent)),

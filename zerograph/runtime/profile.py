@@ -61,15 +61,14 @@ class Profile:
         """Begin now. Raises PlanError if `steps` is less than 1, or `engine` is watched already."""
         if not isinstance(steps, int) or steps < 1:
             raise PlanError(f"engine.profile(steps) needs a number of updates, got {steps!r}")
-        made = cls(engine, steps, Watch(engine.device))
+        made = cls(engine, steps, Watch(engine.world))
         engine.execute_with(made.execute)
         return made
 
     def end(self) -> None:
         """End it now; nothing if it has ended."""
         if self.running:
-            self._stop()
-            self.watch.end()
+            self._stop(settled=True)
             self._measured = self._taken()
             if self.engine.world.rank == 0:
                 _log.info("%s over %d steps", self._measured.line(), self.done)
@@ -81,7 +80,7 @@ class Profile:
         if kind is None:
             self.end()
         elif self.running:
-            self._stop()  # what is under way may never come
+            self._stop(settled=False)  # what is under way may never come
 
     def __str__(self) -> str:
         return str(self.measured)
@@ -112,20 +111,21 @@ class Profile:
 
     def execute(self, program: Program, inputs: list[Any]) -> tuple[Any, ...]:
         """Run a program, and note when; after the last update end."""
-        module = self.watch.watched(program, inputs)
-        begin = now(self.engine.device)
-        self._origin = self._origin or begin
-        returned = cast(tuple[Any, ...], module(inputs))
-        self._ran.append((program.region, begin, now(self.engine.device)))
+        with self.watch.running(program) as module:
+            begin = now(self.engine.device)
+            self._origin = self._origin or begin
+            returned = cast(tuple[Any, ...], module(inputs))
+            self._ran.append((program.region, begin, now(self.engine.device)))
         if program.region == "step":
             self.done, self._plan = self.done + 1, self.engine.plan
             if self.done == self.steps:
                 self.end()
         return returned
 
-    def _stop(self) -> None:
+    def _stop(self, settled: bool) -> None:
         self.running = False
         self.engine.execute_with(execute)
+        self.watch.end(settled)
 
     def _taken(self) -> Measured:
         """What was noted, in seconds from the start of the first program."""

@@ -1,31 +1,35 @@
 """When collectives are started, are there, and are waited for, while programs run as compiled.
 
-    a channel among a program's inputs     ->  a WatchedChannel on the same group
+    an exchange on a channel               ->  its messages are waited for by a thread, which notes the time
     a collective of the backend's own      ->  in a copy of the program, a note before it and around its wait
 
 What is not watched runs what it always ran. gloo says of a message that it has come only to the one that
 waits for it, and lets one wait: so a thread for each channel waits for the messages in the order of their
-exchanges and notes the time, and the program waits for the thread. The time is that at which the thread
-got to run: some ten microseconds late, more where a call holds Python's lock. Of the backend's own
-collectives the end is seen where the program had to wait for it; otherwise it was some time before the wait.
+exchanges, and the program waits for the thread. The time noted is when the thread got to run: some ten
+microseconds late, more where a call holds Python's lock. Of the backend's own collectives the end is seen
+where the program had to wait for it; otherwise it was some time before the wait.
 """
 
 import copy
+import sys
 import threading
+import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from queue import SimpleQueue
-from typing import Any, cast
+from typing import cast
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 
 from zerograph import collectives
-from zerograph.collectives import Channel, Exchange, Gathering, Reducing
+from zerograph.collectives import Exchange
 from zerograph.passes.lower import Program, starts_collective, waits_for_collective
 from zerograph.runtime.clock import Mark, now
+from zerograph.runtime.world import World
 
 
 @dataclass
@@ -35,10 +39,10 @@ class Call:
     kind: str
     """As the plan names it."""
     bucket: str
+    region: str
+    """In which it was started; the forward for a gather that the step before it has started."""
     nbytes: int
     """Of the full buffer."""
-    region: str
-    """In which it was started."""
     began: Mark
     ended: Mark | None = None
     """When it was there; None while it is under way."""
@@ -50,9 +54,9 @@ class Call:
 
 @dataclass
 class Watch:
-    """The calls of one engine's programs on `device`."""
+    """The calls of one engine's programs."""
 
-    device: torch.device
+    world: World
     calls: list[Call] = field(default_factory=list)
     program: Program | None = None
     """That runs."""
@@ -61,62 +65,75 @@ class Watch:
     _threads: dict[str, "_Waiter"] = field(default_factory=dict)
     _copies: dict[fx.GraphModule, fx.GraphModule] = field(default_factory=dict)
 
-    def watched(self, program: Program, inputs: list[Any]) -> fx.GraphModule:
-        """What to run now in place of `program.module`; channels among its inputs are replaced."""
+    @contextmanager
+    def running(self, program: Program) -> Iterator[fx.GraphModule]:
+        """Answers what to run in place of `program.module`; watches what is started meanwhile."""
         self.program = program
-        for index, role in enumerate(program.inputs):
-            if role.kind == "channel":
-                inputs[index] = self._channel(role.name, inputs[index])
         if program.module not in self._copies:
             self._copies[program.module] = self._noted(program.module)
-        return self._copies[program.module]
+        channels = self.world.channels()
+        for name, channel in channels.items():
+            channel.watch = partial(self._exchange, name)
+        try:
+            yield self._copies[program.module]
+        finally:
+            for channel in channels.values():
+                channel.watch = None
 
-    def end(self) -> None:
-        """Watch nothing new; wait until what is under way on channels is there."""
+    def end(self, settled: bool) -> None:
+        """Watch nothing new; if `settled`, wait until what is under way on channels is there."""
         for thread in self._threads.values():
             thread.queue.put(None)
-        for thread in self._threads.values():
+        for thread in self._threads.values() if settled else ():
             thread.join()
         self._copies.clear()
 
-    def begin(self, what: str, at: Mark) -> Call:
-        """A collective of the running program, named as errors name it, was started `at`."""
+    def _exchange(self, channel: str, exchange: Exchange, begin: float) -> None:
         assert self.program is not None
-        call = Call(*self.program.starts[what], self.program.region, at)
-        self.calls.append(call)
-        return call
+        kind, region = "gather", "forward"  # of what is not the step's own, but started ahead
+        if exchange.what in self.program.starts:
+            kind, region = self.program.starts[exchange.what][0], self.program.region
+        nbytes = exchange.channel.size * exchange.own.nbytes
+        call = Call(kind, exchange.bucket, region, nbytes, begin)
+        works: list[_Message] = []
 
-    def _channel(self, name: str, channel: Channel) -> Channel:
-        if name not in self._threads:
-            self._threads[name] = _Waiter(f"zerograph profile: {name}", self.device)
-            self._threads[name].start()
-        shared = channel.group, channel.rank, channel.size, channel._tags
-        return WatchedChannel(*shared, watch=self, waiter=self._threads[name])
+        def wrap(work: dist.Work) -> dist.Work:
+            works.append(_Message(work, call))
+            return cast(dist.Work, works[-1])
+
+        exchange.through(wrap)
+        self.calls.append(call)
+        if channel not in self._threads:
+            self._threads[channel] = _Waiter(f"zerograph profile: {channel}")
+            self._threads[channel].start()
+        self._threads[channel].queue.put((call, works))
 
     # The backend's own
 
     def _noted(self, module: fx.GraphModule) -> fx.GraphModule:
         """`module`, with notes where it starts and waits for the backend's own collectives."""
-        graph: fx.Graph = copy.deepcopy(module.graph)
-        own = [n for n in graph.nodes if n.op == "call_function"]
-        if not any(starts_collective(n) or waits_for_collective(n) for n in own):
+        if not any(_is_native(node) for node in module.graph.nodes):
             return module
-        for node in filter(starts_collective, own):
+        graph: fx.Graph = copy.deepcopy(module.graph)
+        for node in filter(_is_native, list(graph.nodes)):
+            if waits_for_collective(node):
+                node.target = self._wait
+                continue
             with graph.inserting_before(node):
                 graph.call_function(self._start, (node.meta["called"],))
-        for node in filter(waits_for_collective, own):
-            node.target = self._wait
         return fx.GraphModule(module, graph, class_name=type(module).__name__)
 
     def _start(self, what: str) -> None:
-        call = self.begin(what, now(self.device))
-        call.native = True
-        self._pending[what].append(call)
+        assert self.program is not None
+        kind, bucket, nbytes = self.program.starts[what]
+        call = (kind, bucket, self.program.region, nbytes, now(self.world.device))
+        self.calls.append(Call(*call, native=True))
+        self._pending[what].append(self.calls[-1])
 
     def _wait(self, pending: Tensor, what: str) -> Tensor:
-        begin = now(self.device)
+        begin = now(self.world.device)
         done = collectives.wait(pending, what)
-        end = now(self.device)
+        end = now(self.world.device)
         if self._pending[what]:  # otherwise it was started before the profile
             call = self._pending[what].popleft()
             call.ended = end
@@ -124,52 +141,30 @@ class Watch:
         return done
 
 
-@dataclass
-class WatchedChannel(Channel):
-    """A channel whose exchanges are noted."""
-
-    watch: Watch = field(kw_only=True)
-    waiter: "_Waiter" = field(kw_only=True)
-
-    def gather(self, shard: Tensor, full: Tensor, bucket: str) -> Gathering:
-        return cast(Gathering, self._noted(super().gather, shard, full, bucket))
-
-    def reduce_scatter(
-        self, buffer: Tensor, bucket: str, mean: bool, factor: float = 1.0
-    ) -> Reducing:
-        return cast(Reducing, self._noted(super().reduce_scatter, buffer, bucket, mean, factor))
-
-    def _noted(self, start: Callable[..., Exchange], *args: Any) -> Exchange:
-        begin = now(self.watch.device)
-        exchange = start(*args)
-        call = self.watch.begin(exchange.what, begin)
-        call.nbytes = self.size * exchange.own.nbytes
-        works: list[_Message] = []
-
-        def wrap(work: dist.Work) -> dist.Work:
-            works.append(_Message(work, call, self.watch.device))
-            return cast(dist.Work, works[-1])
-
-        exchange.through(wrap)
-        self.waiter.queue.put((call, works))
-        return exchange
+def _is_native(node: fx.Node) -> bool:
+    """Whether a program's node starts or waits for one of the backend's own collectives."""
+    if node.op != "call_function":
+        return False
+    return starts_collective(node) or waits_for_collective(node)
 
 
 class _Message:
     """In place of a message's work: whose program waits for the thread that waits for the work."""
 
-    def __init__(self, work: dist.Work, call: Call, device: torch.device) -> None:
+    def __init__(self, work: dist.Work, call: Call) -> None:
         self.work: dist.Work | None = work
         self.error: RuntimeError | None = None
         self.there = threading.Lock()
         self.there.acquire()
-        self._call, self._device = call, device
+        self._call = call
 
     def wait(self) -> None:
         if not self.there.acquire(blocking=False):
-            begin = now(self._device)
-            self.there.acquire()
-            self._call.waits.append((begin, now(self._device)))
+            begin = time.perf_counter()
+            while not self.there.acquire(timeout=1.0):
+                if sys.is_finalizing():  # the thread has gone, and so has who would read what comes
+                    return
+            self._call.waits.append((begin, time.perf_counter()))
         if self.error is not None:
             raise self.error
 
@@ -177,10 +172,9 @@ class _Message:
 class _Waiter(threading.Thread):
     """Waits for a channel's messages. After one that failed, all have failed."""
 
-    def __init__(self, name: str, device: torch.device) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__(name=name, daemon=True)
         self.queue: SimpleQueue[tuple[Call, list[_Message]] | None] = SimpleQueue()
-        self._device = device
         self._error: RuntimeError | None = None
 
     def run(self) -> None:
@@ -189,7 +183,7 @@ class _Waiter(threading.Thread):
             for message in messages:
                 self._await(message)
                 if message is messages[-1]:
-                    call.ended = now(self._device)
+                    call.ended = time.perf_counter()
                 message.there.release()
 
     def _await(self, message: _Message) -> None:

@@ -1,9 +1,9 @@
 """What `engine.profile` costs: profiled steps beside plain ones of the same engine, in turns.
 
-    python benchmarks/profiled.py [--stage 3] [--rounds 8] [--ranks 2]
+    python benchmarks/profiled.py [--stage 3] [--rounds 15] [--ranks 2]
     benchmarks/link.sh 1gbit python benchmarks/profiled.py
 
-The model and the config are those of `step.py`. Prints the last profile, and the median of paired ratios.
+The model and the config are those of `step.py`. Prints the last profile, and medians of paired ratios.
 """
 
 import argparse
@@ -27,34 +27,38 @@ def run(options: argparse.Namespace) -> None:
     engine = zerograph.compile(llama(), config_of(options.stage))
     batch = batch_of(0, dist.get_rank())
 
-    def turn() -> float:
+    def turn() -> tuple[float, float]:
+        """Seconds of some steps, and CPU seconds of all threads of this rank."""
         dist.barrier()
-        begin = time.perf_counter()
+        begin, worked = time.perf_counter(), time.process_time()
         for _ in range(STEPS):
             engine.backward(engine(**batch).loss)
             engine.step()
+        worked = time.process_time() - worked
         dist.barrier()
-        return time.perf_counter() - begin
+        return time.perf_counter() - begin, worked
 
     turn()
-    ratios = []
+    pairs = []
     for index in range(options.rounds):
-        plain = turn() if index % 2 else 0.0
+        first = turn() if index % 2 else None
         profile = engine.profile(STEPS)
-        profiled = turn()
-        ratios.append(profiled / (plain or turn()))
-        dist.barrier()
+        pairs.append((turn(), first or turn()))
     if dist.get_rank() == 0:
         print(profile)
-        print(
-            f"a profiled step takes {statistics.median(ratios):.3f} times a plain one "
-            f"({min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} pairs of {STEPS} steps)"
-        )
+        for what, at in (("step", 0), ("step in CPU time", 1)):
+            found = [profiled[at] / plain[at] for profiled, plain in pairs]
+            middle = f"{statistics.median(found):.3f} ({min(found):.3f} to {max(found):.3f})"
+            print(f"a profiled {what} takes {middle} times a plain one, {len(found)} pairs")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--stage", type=int, default=3, help="of ZeRO")
+    parser.add_argument("--rounds", type=int, default=15, help="pairs of turns")
+    parser.add_argument("--ranks", type=int, default=2, help="ranks to spawn (not with torchrun)")
+    launch(run, parser.parse_args())
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--stage", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--ranks", type=int, default=2)
-    launch(run, parser.parse_args())
+    main()

@@ -191,6 +191,9 @@ def test_a_lost_rank_is_named_as_without_a_profile() -> None:
 
 def test_of_one_rank_there_is_no_communication(tmp_path: Path) -> None:
     engine = zerograph.compile(make("llama"), config_for(3))
+    with engine.profile(1) as nothing:
+        pass
+    assert nothing.collectives == () and nothing.measured.steps == 0
     profile = engine.profile(1)
     with pytest.raises(PlanError, match="recorded or profiled already"):
         engine.profile(1)

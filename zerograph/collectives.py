@@ -57,7 +57,7 @@ class Channel:
     rank: int
     size: int
     _tags: Iterator[int] = field(default_factory=count)
-    watch: "Watch | None" = None
+    watch: "Watcher | None" = None
     """Told of every collective that is started, while a profile runs (runtime/watch.py)."""
 
     @classmethod
@@ -157,7 +157,7 @@ class Exchange:
             raise failed(self.channel.rank, self.what, error) from error
 
 
-Watch = Callable[[Exchange, float], None]
+Watcher = Callable[[Exchange, float], None]
 """Told of an exchange, and when its start began (time.perf_counter)."""
 
 

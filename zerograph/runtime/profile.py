@@ -130,11 +130,10 @@ class Profile:
     def _taken(self) -> Measured:
         """What was noted, in seconds from the start of the first program."""
         engine = self.engine
-        graph = engine.plan.graph
         return Measured(
-            model=graph.model,
-            stage=graph.stage,
-            world=graph.world,
+            model=type(engine.module).__name__,
+            stage=engine.state.stage,
+            world=engine.world.size,
             rank=engine.world.rank,
             steps=self.done,
             calls=tuple(self._entries()),

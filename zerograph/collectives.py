@@ -15,7 +15,8 @@ alive until then. One that fails, or does not end within the process group's tim
 CommunicationError.
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
@@ -58,6 +59,8 @@ class Channel:
     broken: bool = False
     """Whether a collective has failed; nothing is waited for any more."""
     _tags: Iterator[int] = field(default_factory=count)
+    watch: "Watcher | None" = None
+    """Told of every collective that is started, while a profile runs (runtime/watch.py)."""
 
     @classmethod
     def beside(cls, group: dist.ProcessGroup) -> "Channel":
@@ -68,11 +71,14 @@ class Channel:
 
     def gather(self, shard: Tensor, full: Tensor, bucket: str) -> "Gathering":
         """Start gathering all ranks' shards [n] into `full` [size * n], of which `shard` may be a part."""
+        begin = time.perf_counter()
         places = list(full.view(self.size, -1))
-        pending = Gathering(self, f"the gather of bucket {bucket}", shard, places, full)
+        pending = Gathering(self, f"the gather of bucket {bucket}", bucket, shard, places, full)
         pending.start([shard] * self.size)
         if places[self.rank].data_ptr() != shard.data_ptr():
             places[self.rank].copy_(shard)
+        if self.watch is not None:
+            self.watch(pending, begin)
         return pending
 
     def reduce_scatter(
@@ -82,12 +88,15 @@ class Channel:
 
         `mean` divides the sum by the number of ranks; otherwise it is multiplied by `factor`.
         """
+        begin = time.perf_counter()
         slices = list(buffer.view(self.size, -1))
         own = slices[self.rank]
         terms = [own if rank == self.rank else torch.empty_like(own) for rank in range(self.size)]
-        what = f"the reduction of bucket {bucket}"
-        pending = Reducing(self, what, own, terms, divisor=self.size if mean else 1, factor=factor)
+        what, divisor = f"the reduction of bucket {bucket}", self.size if mean else 1
+        pending = Reducing(self, what, bucket, own, terms, divisor=divisor, factor=factor)
         pending.start(slices)
+        if self.watch is not None:
+            self.watch(pending, begin)
         return pending
 
     def peers(self) -> Iterator[int]:
@@ -104,7 +113,8 @@ class Exchange:
 
     channel: Channel
     what: str
-    """For errors."""
+    """For errors, and to a profile its name."""
+    bucket: str
     own: Tensor
     """This rank's part."""
     places: list[Tensor]
@@ -121,6 +131,11 @@ class Exchange:
                     arriving.append(group.recv([self.places[peer][chunk]], peer, tag))
                     self._sent.append(group.send([parts[peer][chunk]], peer, tag))
                 self._arriving.append((chunk, arriving))
+
+    def through(self, wrap: Callable[[dist.Work], dist.Work]) -> None:
+        """Wait for `wrap(work)` in place of each message's work: in the order of the waits."""
+        self._arriving = [(chunk, list(map(wrap, works))) for chunk, works in self._arriving]
+        self._sent = list(map(wrap, self._sent))
 
     def arrivals(self) -> Iterator[slice]:
         """Each chunk, once it is there from all ranks; at the end everything is sent as well."""
@@ -150,6 +165,10 @@ class Exchange:
             with suppress(CommunicationError):
                 for _ in self.arrivals():
                     pass
+
+
+Watcher = Callable[[Exchange, float], None]
+"""Told of an exchange, and when its start began (time.perf_counter)."""
 
 
 @dataclass

@@ -34,9 +34,11 @@ from zerograph.runtime.optimizer import ShardedOptimizer
 from zerograph.runtime.parameters import Parameters
 from zerograph.runtime.place import place
 from zerograph.runtime.planner import Planner
+from zerograph.runtime.profile import Profile
 from zerograph.runtime.programs import Programs
 from zerograph.runtime.relayout import unfreeze
 from zerograph.runtime.run import Execute, Runner
+from zerograph.runtime.run import execute as as_compiled
 from zerograph.runtime.shown import require_hidden
 from zerograph.runtime.state import State, require_unowned
 from zerograph.runtime.updates import Updates
@@ -228,6 +230,21 @@ class Engine:
             raise PlanError("nothing is planned before the first call of the engine")
         return self._plan
 
+    def profile(self, steps: int) -> Profile:
+        """Measure the communication of the next updates, `steps` in number, of this rank's programs.
+
+            profile = engine.profile(5)
+            train()                        # it ends by itself, with a line in the log
+            print(profile)
+            profile.save("trace.json")
+
+        As a context manager it ends with its block, if that is earlier. Other ranks may profile or not.
+        Programs run as compiled; numerics do not change. Raises PlanError if `steps` is not positive, or
+        while the engine is recorded or profiled.
+        """
+        self.require_alive()
+        return Profile.begin(self, steps)
+
     def gradients(self) -> dict[str, Tensor | None]:
         """Every trainable parameter's mean gradient so far, full, by name; call it on all ranks.
 
@@ -270,7 +287,15 @@ class Engine:
     # Inside
 
     def execute_with(self, execute: Execute) -> None:
-        """Let `execute` run this engine's programs from now on."""
+        """Let `execute` run this engine's programs from now on.
+
+        Raises PlanError if neither it nor what runs them now is the plain one of run.py.
+        """
+        if as_compiled not in (execute, self._run.execute):
+            raise PlanError(
+                "this engine is being recorded or profiled already; end that (leave its `with` block, or "
+                "call the profile's end()) first"
+            )
         self._run.execute = self._updates.execute = execute
 
     def require_alive(self) -> None:

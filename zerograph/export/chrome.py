@@ -1,4 +1,4 @@
-"""A plan, and a recorded run of it, as a trace for Perfetto or chrome://tracing.
+"""A plan, and a recorded or profiled run of it, as a trace for Perfetto or chrome://tracing.
 
 One process "predicted" and one "measured", each with a thread a stream, and more where the measured
 collectives of a stream overlap, since the slices of a thread may not. A slice is named by its operator, so
@@ -7,10 +7,11 @@ Times are microseconds, as the format has them (Trace Event Format, Google, 2016
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from zerograph.document import Document, NodeEntry
+from zerograph.measured import CallEntry, Measured, StretchEntry
 from zerograph.report.data import lines_of_nodes
 from zerograph.report.recorded import Recorded, check_recording, rows_of
 
@@ -19,13 +20,21 @@ THREADS = {"compute": 100, "communication": 200, "copy": 300}
 Event = dict[str, Any]
 
 
-def chrome_trace(document: Document, recording: Recorded | None = None) -> str:
-    """The JSON of a trace. Raises PlanError for a recording of another plan."""
+def chrome_trace(
+    document: Document, recording: Recorded | None = None, *, profile: Measured | None = None
+) -> str:
+    """The JSON of a trace, with a recorded step or some profiled ones.
+
+    Raises PlanError for a recording of another plan.
+    """
     events = [*_names(PREDICTED, "predicted"), *_predicted(document), *_memory(document)]
     if recording is not None:
         check_recording(document, recording)
         events += _names(MEASURED, f"measured on rank {recording.rank}")
         events += _measured(document, recording)
+    if profile is not None:
+        events += _names(MEASURED, f"measured on rank {profile.rank}")
+        events += _profiled(profile)
     other = {"model": document.model, "stage": document.stage, "world": document.world}
     trace = {"displayTimeUnit": "ms", "otherData": other, "traceEvents": events}
     return json.dumps(trace, separators=(",", ":")) + "\n"
@@ -71,16 +80,66 @@ def _measured(document: Document, recording: Recorded) -> Iterator[Event]:
 def _slice(
     process: int, node: NodeEntry, thread: int, start: float, seconds: float, args: dict[str, Any]
 ) -> Event:
+    return _event(process, node.op, node.region, thread, start, start + seconds, args)
+
+
+def _event(
+    process: int,
+    name: str,
+    region: str,
+    thread: int,
+    start: float,
+    end: float,
+    args: dict[str, Any],
+) -> Event:
     return {
         "ph": "X",
         "pid": process,
         "tid": thread,
-        "name": node.op,
-        "cat": node.region,
+        "name": name,
+        "cat": region,
         "ts": _microseconds(start),
-        "dur": _microseconds(seconds),
+        "dur": _microseconds(end - start),
         "args": args,
     }
+
+
+def _profiled(profile: Measured) -> Iterator[Event]:
+    """What programs computed between waits; collectives in rows, in which none overlaps another."""
+    for stretch in profile.stretches:
+        for start, end in _between_waits(stretch, profile.calls):
+            name = region = stretch.region
+            yield _event(MEASURED, name, region, THREADS["compute"], start, end, {})
+    thread, calls = THREADS["communication"], sorted(profile.calls, key=lambda call: call.start)
+    rows = rows_of(calls)
+    for row in range(1, max(rows, default=0) + 1):
+        yield from _thread(MEASURED, "communication", row)
+    for call, row in zip(calls, rows):
+        args = {
+            "region": call.region,
+            "bucket": call.bucket,
+            "bytes": call.nbytes,
+            "waited us": _microseconds(sum(end - start for start, end in call.waits)),
+            "end": "" if call.seen else "not seen: this is an upper bound",
+        }
+        given = {name: value for name, value in args.items() if value != ""}
+        name = f"zero.{call.kind}"
+        yield _event(MEASURED, name, call.region, thread + row, call.start, call.end, given)
+        for start, end in call.waits:
+            named = f"wait {call.bucket or call.kind}"
+            yield _event(MEASURED, named, call.region, THREADS["compute"], start, end, given)
+
+
+def _between_waits(
+    stretch: StretchEntry, calls: Sequence[CallEntry]
+) -> Iterator[tuple[float, float]]:
+    """The parts of a program's run in which it waited for nothing."""
+    now = stretch.start
+    for start, end in sorted(wait for call in calls for wait in call.waits):
+        if stretch.start <= start < stretch.end:
+            yield now, start
+            now = end
+    yield now, stretch.end
 
 
 def _arguments(document: Document) -> Iterator[dict[str, Any]]:

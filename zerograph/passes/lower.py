@@ -7,10 +7,11 @@
     zero.release %b0              ->  nothing: a value's storage ends with its last use
     zero.update ..                ->  a kernel
 
-Every node of a program carries in `meta["plan"]` the index in `graph.nodes()` of the node that it comes from.
-Which algorithm moves the buckets is a note of the graph (collectives.py); small messages are c10d's on
-every backend. With a world of one rank no collective is left. A program takes
-its inputs in a list that it empties, so that each input's storage can end at its last use.
+Every node of a program carries in `meta["plan"]` the index in `graph.nodes()` of the node that it comes from,
+and one that starts a collective in `meta["called"]` what errors call it. Which algorithm moves the buckets
+is a note of the graph (collectives.py); small messages are c10d's on every backend. With a world of one rank
+no collective is left. A program takes its inputs in a list that it empties, so that each input's storage can
+end at its last use.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from torch import fx
 
 from zerograph import collectives, ops
 from zerograph.codegen import dispatch, kernels, packing
-from zerograph.cost import name_of
+from zerograph.cost import collective_bytes, name_of
 from zerograph.ir import Region, Role, TrainGraph, bucket_of, is_ahead, is_call, role_of
 
 c10d = torch.ops._c10d_functional
@@ -47,6 +48,8 @@ class Program:
     """Index in `graph.nodes()` of the region's first node."""
     saved: tuple[str, ...] = ()
     """Names of the values that the forward's answer ends with."""
+    starts: dict[str, tuple[str, str, int]] = field(default_factory=dict, compare=False)
+    """The collectives that it starts: what errors call each -> its kind, bucket ("" of none) and bytes."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,11 @@ class _Builder:
             self.graph.module, self.out, class_name=f"Zero{self.region.title()}"
         )
         names = tuple(n.name for n in saved if n is not None)
-        return Program(self.region, module, tuple(self.inputs), len(results), first, names)
+        roles, starts = tuple(self.inputs), {}
+        for node in nodes:
+            if is_call(node, *ops.COLLECTIVES) and self.graph.world > 1:
+                starts[_called(node)] = name_of(node), bucket_of(node), collective_bytes(node)
+        return Program(self.region, module, roles, len(results), first, names, starts)
 
     def _needed(self, nodes: Sequence[fx.Node], results: Sequence[fx.Node | None]) -> list[fx.Node]:
         """Values from outside the region that it reads, in graph order."""
@@ -136,6 +143,8 @@ class _Builder:
         if result is not None:
             self.values[node] = result
             result.meta["val"] = node.meta.get("val")
+            if is_call(node, *ops.COLLECTIVES):
+                result.meta["called"] = _called(node)
 
     def _mark(self, index: int) -> None:
         """Say of the nodes made last which node of the plan they come from."""

@@ -7,7 +7,17 @@ from zerograph.document import Document
 from zerograph.errors import PlanError
 
 
-class RecordedSpan(Protocol):
+class Timed(Protocol):
+    """What takes time, in seconds from some start."""
+
+    @property
+    def start(self) -> float: ...
+
+    @property
+    def seconds(self) -> float: ...
+
+
+class RecordedSpan(Timed, Protocol):
     """One node's measured time on its stream, in seconds from the start of the step."""
 
     @property
@@ -19,12 +29,6 @@ class RecordedSpan(Protocol):
 
     @property
     def stream(self) -> str: ...
-
-    @property
-    def start(self) -> float: ...
-
-    @property
-    def seconds(self) -> float: ...
 
 
 class Recorded(Protocol):
@@ -46,7 +50,7 @@ class Recorded(Protocol):
     def spans(self) -> Sequence[RecordedSpan]: ...
 
 
-def rows_of(spans: Sequence[RecordedSpan]) -> list[int]:
+def rows_of(spans: Sequence[Timed]) -> list[int]:
     """A row for each of a stream's spans, which are sorted by start, so that none overlaps in its row.
 
     Collectives overlap where one starts before another has been waited for.

@@ -10,7 +10,6 @@ events on the stream that computes.
 """
 
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -25,10 +24,8 @@ from zerograph.ir import REGIONS, Region, region_of
 from zerograph.passes.lower import Program, starts_collective, waits_for_collective
 from zerograph.plan import Plan
 from zerograph.recording import Recording, SpanEntry
+from zerograph.runtime.clock import Mark, now, seconds
 from zerograph.runtime.run import execute
-
-Mark = float | torch.cuda.Event
-"""A moment: seconds on the host, or an event on the stream."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +65,8 @@ class Run:
                 node=regions.index(ran.region) + ran.node,
                 region=ran.region,
                 stream=ran.stream,
-                start=_seconds(origin, ran.begin),
-                seconds=_seconds(ran.begin, ran.end),
+                start=seconds(origin, ran.begin),
+                seconds=seconds(ran.begin, ran.end),
             )
             for ran in self._complete
         ]
@@ -121,9 +118,9 @@ class _Timed(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if "plan" not in n.meta:
             return super().run_node(n)
-        begin = self._now()
+        begin = now(self._device)
         result = super().run_node(n)
-        self._note(n, begin, self._now())
+        self._note(n, begin, now(self._device))
         return result
 
     def ran(self) -> list[_Ran]:
@@ -148,17 +145,3 @@ class _Timed(fx.Interpreter):
         earlier = self._found.get((index, stream))
         made = _Ran(index, self._program.region, stream, begin, end)
         self._found[index, stream] = made if earlier is None else replace(earlier, end=end)
-
-    def _now(self) -> Mark:
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
-
-
-def _seconds(begin: Mark, end: Mark) -> float:
-    if isinstance(begin, torch.cuda.Event):
-        end.synchronize()  # type: ignore[union-attr]
-        return float(begin.elapsed_time(end)) / 1e3  # type: ignore[arg-type]
-    return cast(float, end) - begin

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -44,6 +45,10 @@ class World:
         if self.group not in _channels:
             _channels[self.group] = {each: Channel.beside(self.group) for each in CHANNELS}
         return _channels[self.group][name]
+
+    def channels(self) -> Mapping[str, Channel]:
+        """Those made so far, by name."""
+        return _channels.get(self.group, {}) if self.group is not None else {}
 
     def broadcast(self, tensor: torch.Tensor, source: int = 0) -> None:
         """Overwrite `tensor` with rank `source`'s, in place."""

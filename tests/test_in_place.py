@@ -198,7 +198,7 @@ def _differing(rank: int, world: int, name: str) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("name, world", [("llama", 2), ("gpt2", 2), ("gpt2", 1)])
+@pytest.mark.parametrize("name, world", [("gpt2", 2), ("llama", 1)])
 def test_training_has_the_same_bits(name: str, world: int) -> None:
     assert run_ranks(world, _differing, name) == [[]] * world
 

@@ -20,6 +20,7 @@ from tests.ranks import run_ranks
 from zerograph import ops
 from zerograph.calibrate import calibrate, links, reference, timing
 from zerograph.calibrate.links import _solve, shares
+from zerograph.codegen.in_place import is_in_place
 from zerograph.cost import (
     CLUSTERS,
     Cluster,
@@ -203,10 +204,13 @@ def test_an_update_writes_the_low_precision_copy() -> None:
     assert work_of(update).nbytes == numel * (4 * (2 + 1 + 4) + 2)
 
 
-def test_gradients_are_put_with_one_copy_and_kept_for_nothing_or_added() -> None:
+def test_gradients_are_put_with_one_copy_or_none_and_kept_for_nothing_or_added() -> None:
     once = tiny.planned(tiny.trace_of("mlp"), 2).graph
-    put = next(n for n in once.nodes() if is_call(n, ops.put))
-    assert work_of(put).nbytes == 2 * 4 * put.args[1].meta["val"].numel()
+    puts = [n for n in once.nodes() if is_call(n, ops.put)]
+    copied = [n for n in puts if not is_in_place(n)]
+    assert [n.args[2] for n in copied] == ["norm.weight", "norm.bias"]
+    assert {work_of(n).nbytes for n in copied} == {2 * 4 * tiny.WIDTH}
+    assert {work_of(n).nbytes for n in puts if n not in copied} == {0}
     kept = [work_of(n).nbytes for n in once.nodes() if is_call(n, ops.accumulate)]
     assert set(kept) == {0}
     often = tiny.planned(tiny.trace_of("mlp"), 2, **TWICE).graph

@@ -21,7 +21,7 @@ from tests import tiny
 print(tiny.planned(tiny.traced(tiny.Mlp(), tiny.batch(), 8), 3), end="")
 """
 PASSES = ("trace", "normalize", "specialize", "scale", "shard", "gather", "release", "reduce")
-PASSES += ("update", "schedule")
+PASSES += ("in_place", "update", "schedule")
 
 
 def run(**environment: str) -> tuple[str, list[str]]:

@@ -92,7 +92,7 @@ def test_history_keeps_words_and_text_of_every_pass() -> None:
     history = tiny.planned(tiny.trace_of("mlp", 4), 3).history
     assert history.names() == [
         *("trace", "normalize", "specialize", "scale", "shard", "gather", "release", "reduce"),
-        *("update", "schedule"),
+        *("in_place", "update", "schedule"),
     ]
     assert all(f"| after {r.name}\n" in r.text for r in history.records)
     assert history["gather"] == history[5]
@@ -690,7 +690,8 @@ def test_no_copy_out_of_a_gathered_bucket(algorithm: Any, region: Any, buckets: 
         assert {user.target for user in wait.users} == {aten.as_strided.default}
         views += list(wait.users)
     assert len(views) == len(calls(plan.graph, ops.param, region))
-    assert {n for n in nodes if n.target is aten.as_strided.default} == set(views)
+    places = {n.kwargs["out"] for n in nodes if "out" in n.kwargs and n not in gathers}
+    assert {n for n in nodes if n.target is aten.as_strided.default} == {*views, *places}
     copies = (aten.clone.default, aten.copy.default, aten._to_copy.default)
     assert not [user for view in views for user in view.users if user.target in copies]
 

@@ -467,6 +467,26 @@ def frozen_parameter_put(graph: TrainGraph) -> None:
     again.args = (put, put.args[1], "inlet.bias", *put.args[3:])
 
 
+@fault(2, "getitem.* cannot write the gradient of blocks.0.norm.bias into its place")
+def in_place_by_an_operator_that_cannot(graph: TrainGraph) -> None:
+    put = find(graph, ops.put, "blocks.0.norm.bias")
+    put.args = (*put.args[:6], True)
+
+
+@fault(2, "mm.* cannot write the gradient of head.weight into its place")
+def gradient_in_place_read_by_another(graph: TrainGraph) -> None:
+    put = find(graph, ops.put, "head.weight")
+    with graph.inserting(put, "backward") as insert:
+        again = insert(aten.clone.default, put.args[1])
+    graph.set_outputs(saved=[*graph.outputs("saved"), again])
+
+
+@fault(2, "writes the gradient of head.bias to a buffer that is made later")
+def buffer_made_behind_a_gradient_in_place(graph: TrainGraph) -> None:
+    put = find(graph, ops.put, "head.bias")
+    move(put.args[0], put)
+
+
 # Accumulation
 
 

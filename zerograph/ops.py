@@ -11,7 +11,8 @@ them into collectives and kernels. `world` is a number of ranks; no operator kno
     param           a parameter as a view of its (full) bucket
     release         the bucket's full storage ends here
     grad_buffer     an empty flat gradient buffer for a bucket, padding zeroed
-    put             write one gradient into its place of a buffer; the result is the buffer
+    put             write one gradient into its place of a buffer; the result is the buffer. In place: the
+                    operator that made the gradient wrote it there
     reduce_scatter  start `post * sum over ranks of (pre * buffer)`; each rank receives its slice
     all_reduce      start `post * sum over ranks of (pre * buffer)`; each rank receives all of it
     accumulate      add, times a weight, to the gradients kept since the last step (if any yet)
@@ -86,10 +87,17 @@ def grad_buffer(like: Tensor, bucket: str, numel: int, dtype: torch.dtype) -> Te
 
 
 @_define(
-    "put(Tensor buffer, Tensor grad, str name, int offset, int[] size, int[] stride) -> Tensor"
+    "put(Tensor buffer, Tensor grad, str name, int offset, int[] size, int[] stride, "
+    "bool in_place=False) -> Tensor"
 )
 def put(
-    buffer: Tensor, grad: Tensor, name: str, offset: int, size: list[int], stride: list[int]
+    buffer: Tensor,
+    grad: Tensor,
+    name: str,
+    offset: int,
+    size: list[int],
+    stride: list[int],
+    in_place: bool = False,
 ) -> Tensor:
     return torch.empty_like(buffer)
 

@@ -21,6 +21,7 @@ from zerograph.layout import layout_of
 from zerograph.optimizer import OptimizerSpec, optimizer_of
 from zerograph.passes import (
     Gather,
+    InPlace,
     Normalize,
     Reduce,
     Release,
@@ -154,6 +155,7 @@ def passes_for(
         Gather(zero.stage3_max_reuse_distance, max_live, across),
         Release(),
         Reduce(1.0 if weighted else 1 / config.batch(graph.world).accumulation, average),
+        InPlace(),
         Update(
             rule=spec.label if spec else "",
             states=spec.states if spec else (),

@@ -3,6 +3,7 @@
     zero.put %b0.grad, %8 "w"     as it is, or cast              copy_
                                   scaled, LEAST elements or more  pack_f32_bf16, one pass
                                   scaled, small                   copy_, then mul_
+    .. in place                   nothing (in_place.py)
 
 At stages 2 and 3 the factor before the sum over ranks (`prescale_gradients`, `gradient_predivide_factor`) is
 applied where gradients are put, so that no pass over the whole buffer is needed. What is cast is rounded
@@ -27,7 +28,7 @@ LEAST = 1 << 18
 
 def kernel_of(put: fx.Node) -> Copy | None:
     """The kernel that does a `zero.put`; None where copy_ does."""
-    buffer, grad, _, _, size, stride = cast(tuple[Any, ...], put.args)
+    buffer, grad, _, _, size, stride = cast(tuple[Any, ...], put.args[:6])
     source, target = grad.meta["val"], buffer.meta["val"].dtype
     scale = scale_of(put)
     if scale == 1.0 or math.prod(size) < LEAST:

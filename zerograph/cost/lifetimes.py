@@ -4,6 +4,7 @@
     %2 = aten.view(%1, ..)       %1's
     %3 = aten.native_layer_norm  one storage a result
     zero.wait %b0, zero.put      their first argument's
+    a gradient put in place      its buffer's
     %b0.sum = zero.accumulate    %b0.kept's; the gradient's own where nothing is kept yet
 
 as the lowered program has it, which forgets each value at its last use. Longer lives:
@@ -25,6 +26,7 @@ from typing import Any, cast
 from torch import Tensor, fx
 
 from zerograph import ops
+from zerograph.codegen import in_place
 from zerograph.codegen.rules import rule_of
 from zerograph.compat import hint
 from zerograph.ir import (
@@ -70,11 +72,15 @@ class Lifetimes:
     found: list[Stored] = field(default_factory=list)
     of: dict[fx.Node, list[Stored]] = field(default_factory=dict)
     """The storages that a value lies in: several for an operator with several results."""
+    buffers: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    """The buffers that gradients are written to by the operators that make them."""
 
     @classmethod
     def read(cls, graph: TrainGraph, nodes: list[fx.Node]) -> "Lifetimes":
         """The lifetimes of `graph`, whose calls are `nodes`."""
         made = cls(graph, nodes)
+        for source, put, _ in in_place.writers(nodes):
+            made.buffers[source] = in_place.buffer_of(put)
         regions = [region_of(node) for node in nodes]
         forward = regions.count("forward")
         backward = forward + regions.count("backward")
@@ -122,11 +128,13 @@ class Lifetimes:
                     stored.birth = 0
 
     def _lies_in(self, index: int, node: fx.Node) -> list[Stored]:
+        if node in self.buffers:
+            return self.of[self.buffers[node]]
         first = node.args[0] if node.args else None
         if not isinstance(first, fx.Node):
             return self._new(node, index, self._category(node))
-        in_place = _ALONE if self.graph.world == 1 else _IN_PLACE
-        if node.target in in_place or is_view(node):
+        kinds = _ALONE if self.graph.world == 1 else _IN_PLACE
+        if node.target in kinds or is_view(node):
             return self.of[first]
         if getattr(node.target, "__name__", "") == "getitem":
             return [self.of[first][cast(int, node.args[1])]]

@@ -21,6 +21,7 @@ from torch.utils import flop_counter
 from torch.utils.flop_counter import flop_registry
 
 from zerograph import ops
+from zerograph.codegen.in_place import is_in_place
 from zerograph.compat import hint
 from zerograph.ir import is_call, is_view, map_tensors
 
@@ -192,7 +193,9 @@ def _copied(node: fx.Node, given: Arguments) -> int:
 
 
 def _put(node: fx.Node, given: Arguments) -> int:
-    """The gradient is read, and written in the buffer's dtype."""
+    """The gradient is read, and written in the buffer's dtype, unless it was made there."""
+    if is_in_place(node):
+        return 0
     grad, buffer = given["grad"], given["buffer"]
     return _bytes(grad) + hint(grad.numel()) * int(buffer.dtype.itemsize)
 

@@ -1,6 +1,7 @@
 """One pass a file; the file's name is the pass's name in logs, on the command line and in goldens."""
 
 from zerograph.passes.gather import Gather
+from zerograph.passes.in_place import InPlace
 from zerograph.passes.normalize import Normalize
 from zerograph.passes.reduce import Reduce
 from zerograph.passes.release import Release
@@ -12,6 +13,7 @@ from zerograph.passes.update import Update
 
 __all__ = [
     "Gather",
+    "InPlace",
     "Normalize",
     "Reduce",
     "Release",

@@ -5,6 +5,8 @@
       or, point-to-point:         ->  gathers.gather(%b0.shard, empty, "b0"), its wait()
     zero.param %b0 "w"            ->  aten.as_strided(%b0, [64, 32], [32, 1], 0)     a view, no copy
     zero.release %b0              ->  nothing: a value's storage ends with its last use
+    %8 = aten.mm(..)              ->  aten.mm.out(.., out=a view of %b0.grad)
+    zero.put %b0.grad, %8 "w" in place   nothing
     zero.update ..                ->  a kernel
 
 Every node of a program carries in `meta["plan"]` the index in `graph.nodes()` of the node that it comes from,
@@ -23,7 +25,7 @@ import torch
 from torch import fx
 
 from zerograph import collectives, ops
-from zerograph.codegen import dispatch, kernels, packing
+from zerograph.codegen import dispatch, in_place, kernels, packing
 from zerograph.cost import collective_bytes, name_of
 from zerograph.ir import Region, Role, TrainGraph, bucket_of, is_ahead, is_call, role_of
 
@@ -72,6 +74,10 @@ class _Builder:
     values: dict[fx.Node, fx.Node] = field(default_factory=dict)
     inputs: list[Role] = field(default_factory=list)
     channels: dict[str, fx.Node] = field(default_factory=dict)
+    writers: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    """Operators whose result is written into its place, and the puts that it is for."""
+    unseen: set[fx.Node] = field(default_factory=set)
+    """Views of such results, which nobody reads."""
 
     def build(self) -> Program:
         nodes = self.graph.nodes(self.region)
@@ -81,6 +87,9 @@ class _Builder:
             self.values[node] = self.out.placeholder(node.name)
             self.inputs.append(self._role(node))
         self._open_channels(nodes)
+        for source, put, views in in_place.writers(nodes):
+            self.writers[source] = put
+            self.unseen.update(views)
         first = self.graph.nodes().index(nodes[0]) if nodes else 0
         for index, node in enumerate(nodes, first):
             self._emit(node)
@@ -134,6 +143,11 @@ class _Builder:
     # Emitting
 
     def _emit(self, node: fx.Node) -> None:
+        if node in self.unseen:
+            return
+        if node in self.writers:
+            self.values[node] = self._write(node, self.writers[node])
+            return
         handler = _HANDLERS.get(node.target) if ops.is_zero(node.target) else None
         if handler is None:
             assert not ops.is_zero(node.target), f"no lowering for {node.target}"
@@ -145,6 +159,11 @@ class _Builder:
             result.meta["val"] = node.meta.get("val")
             if is_call(node, *ops.COLLECTIVES):
                 result.meta["called"] = _called(node)
+
+    def _write(self, node: fx.Node, put: fx.Node) -> fx.Node:
+        buffer = self.values[in_place.buffer_of(put)]
+        kwargs = fx.map_arg(node.kwargs, self._value)
+        return in_place.emit(self.out, node, put, buffer, self.args(node), kwargs)
 
     def _mark(self, index: int) -> None:
         """Say of the nodes made last which node of the plan they come from."""
@@ -270,6 +289,8 @@ def _gaps(graph: TrainGraph, node: fx.Node, bucket: str, numel: int) -> list[tup
 
 
 def _put(b: _Builder, node: fx.Node) -> fx.Node:
+    if in_place.is_in_place(node):
+        return b.values[cast(fx.Node, node.args[0])]
     buffer, grad, _, offset, size, stride = b.args(node)
     target = kernels.put if packing.kernel_of(node) is None else kernels.pack
     return b.call(target, buffer, grad, offset, size, stride, packing.scale_of(node))

@@ -8,6 +8,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from zerograph import ops
+from zerograph.codegen.in_place import is_in_place
 from zerograph.compat import SYMBOLIC
 from zerograph.cost import collective_bytes
 from zerograph.ir import bucket_of, is_ahead, is_call, map_tensors, module_of, region_of
@@ -65,7 +66,8 @@ def _zero_line(node: fx.Node, names: Names) -> str:
     if is_call(node, ops.param):
         return f"{name}: {type_of(node, names)} = {target} {first}"
     if is_call(node, ops.put):
-        return f'{target} {first}, {_value(args[1], names)} "{args[2]}"'
+        how = " in place" if is_in_place(node) else ""
+        return f'{target} {first}, {_value(args[1], names)} "{args[2]}"{how}'
     if is_call(node, ops.grad_buffer):
         return f"{name}: {type_of(node, names)} = {target} {args[1]}"
     if is_call(node, ops.update):

@@ -35,6 +35,7 @@ CHECKS: tuple[tuple[frozenset[str], Check], ...] = (
     (_HAS({"released"}), collectives.gathers_are_released),
     (_HAS({"reduced"}), gradients.gradients_are_reduced_once),
     (_HAS({"reduced"}), gradients.accumulated_once),
+    (_HAS({"in_place"}), gradients.written_in_place),
     (_HAS({"updated"}), gradients.reductions_agree),
     (_HAS({"updated"}), step.updated_once),
     (_HAS({"updated"}), step.updates_agree),

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from zerograph import ops
+from zerograph.codegen import in_place
 from zerograph.ir import TrainGraph, is_call, role_of
 from zerograph.verify.common import bucket_of, say, source_of
 
@@ -73,6 +74,17 @@ def _chain(graph: TrainGraph, buffer: fx.Node, puts: Counter[str]) -> Iterator[s
         user = next(iter(next(iter(user.users), user).users), user)
     if not is_call(user, ops.accumulate) or user.args[2] != bucket:
         yield f"the gradients of {bucket} are not accumulated but go to {user.name}"
+
+
+def written_in_place(graph: TrainGraph) -> Iterator[str]:
+    """What is said to be in place is written there: by an operator that can, to a buffer that exists."""
+    order = {node: index for index, node in enumerate(graph.nodes())}
+    for source, put, _ in in_place.writers(graph.nodes("backward")):
+        name = cast(str, put.args[2])
+        if not in_place.can_write(put):
+            yield f"{source.name} cannot write the gradient of {name} into its place"
+        elif order[source] < order[in_place.buffer_of(put)]:
+            yield f"{source.name} writes the gradient of {name} to a buffer that is made later"
 
 
 def accumulated_once(graph: TrainGraph) -> Iterator[str]:

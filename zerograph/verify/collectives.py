@@ -40,19 +40,22 @@ def params_are_gathered(graph: TrainGraph) -> Iterator[str]:
 
 
 def collectives_are_waited_for(graph: TrainGraph) -> Iterator[str]:
+    """Once, where they start, or in the backward a gather that the forward keeps for it.
+
+    The next forward waits for what the step starts for it: a refresh, a gather ahead.
+    """
     saved = graph.outputs("saved")
     for node in graph.nodes():
-        if is_call(node, *ops.COLLECTIVES):
+        if is_call(node, *ops.COLLECTIVES, ops.gather_ahead):
             waits = [user for user in node.users if is_call(user, ops.wait)]
-            due = (
-                0 if is_call(node, ops.refresh) else 1
-            )  # the next forward's `refreshed` waits for it
+            due = int(not is_call(node, ops.refresh, ops.gather_ahead))
+            kept = is_call(node, ops.gather) and node in saved
             if len(waits) != due:
                 yield f"{say(node)} has {len(waits)} waits, not {due}"
-            elif due and region_of(waits[0]) != region_of(node) and node not in saved:
+            elif due and not _reaches(node, waits[0], kept):
                 yield f"{say(node)} is waited for in the {region_of(waits[0])}, and not kept for it"
             for user in node.users:
-                if user not in waits and not (user.op == "output" and node in saved):
+                if user not in waits and not (user.op == "output" and kept):
                     what = "the output" if user.op == "output" else user.name
                     yield f"{what} uses {say(node)} without waiting for it"
             if graph.world != _world_of(node):
@@ -61,14 +64,26 @@ def collectives_are_waited_for(graph: TrainGraph) -> Iterator[str]:
             yield f"{node.name} waits for what was never started"
 
 
+def _reaches(node: fx.Node, user: fx.Node, kept: bool) -> bool:
+    """Whether a value is there where it is used; `kept`: whether the forward saves it."""
+    regions = region_of(node), region_of(user)
+    return regions[0] == regions[1] or (kept and regions == ("forward", "backward"))
+
+
 def _world_of(node: fx.Node) -> int:
     return cast(int, node.args[2] if is_call(node, ops.gather) else node.args[-1])
 
 
 def the_step_starts_what_the_forward_takes(graph: TrainGraph) -> Iterator[str]:
-    """A gather with `ahead` has one start in the step, behind the update of its bucket."""
-    taken = Counter(bucket_of(n) for n in graph.nodes("forward") if is_ahead(n))
-    started = Counter(bucket_of(n) for n in graph.nodes() if is_call(n, ops.gather_ahead))
+    """A gather with `ahead` has one start in the step, behind the update of its bucket.
+
+    Both are in one order: what ranks agree on (`Plan.signature`) has the forward's.
+    """
+    takes = [bucket_of(n) for n in graph.nodes("forward") if is_ahead(n)]
+    starts = [bucket_of(n) for n in graph.nodes() if is_call(n, ops.gather_ahead)]
+    taken, started = Counter(takes), Counter(starts)
+    if taken == started and takes != starts:
+        yield f"the step starts {_joined(starts)}, which the forward takes as {_joined(takes)}"
     for bucket in dict.fromkeys([*taken, *started]):
         if (taken[bucket], started[bucket]) != (1, 1):
             yield (
@@ -87,9 +102,14 @@ def the_step_starts_what_the_forward_takes(graph: TrainGraph) -> Iterator[str]:
                 yield f"{say(node)} stands before the update of its bucket"
 
 
+def _joined(buckets: list[str | None]) -> str:
+    return ", ".join(map(str, buckets))
+
+
 def refreshes_are_waited_for(graph: TrainGraph) -> Iterator[str]:
     """At stages 1 and 2 a parameter that the step refreshes is read from a bucket that is waited for."""
-    due = graph.stage in (1, 2) and graph.notes.get("refreshes", False)
+    refreshes = any(is_call(n, ops.refresh) for n in graph.nodes())
+    due = graph.stage in (1, 2) and (refreshes or graph.notes.get("refreshes", False))
     waits = {bucket_of(n): n for n in reversed(graph.nodes()) if is_call(n, ops.refreshed)}
     for node in graph.nodes():
         if not (due and is_call(node, ops.param)):
@@ -109,8 +129,7 @@ def gathers_are_released(graph: TrainGraph) -> Iterator[str]:
         if len(releases) != 1:
             yield f"{say(node)} has {len(releases)} releases, not one"
             continue
-        later = region_of(releases[0]) != region_of(full)
-        if later and full not in graph.outputs("saved"):
+        if not _reaches(full, releases[0], full in graph.outputs("saved")):
             yield f"{say(node)} is released in the {region_of(releases[0])}, and not kept for it"
         for user in users_of_aliases(full):
             if releases[0] < user:

@@ -30,7 +30,7 @@ def updated_once(graph: TrainGraph) -> Iterator[str]:
             yield f"bucket {bucket} is reduced {reduced[bucket]} times in the step"
         if (times := counts[ops.refresh, bucket]) != due_refreshes:
             yield f"bucket {bucket} is refreshed {times} times at stage {graph.stage}"
-        elif due_refreshes and refreshes[bucket] < updates[bucket]:
+        elif due_refreshes and bucket in updates and refreshes[bucket] < updates[bucket]:
             yield f"bucket {bucket} is refreshed before its update"
 
 

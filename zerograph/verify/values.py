@@ -56,7 +56,7 @@ def saved_is_no_parameter(graph: TrainGraph) -> Iterator[str]:
 def results_are_no_parameter(graph: TrainGraph) -> Iterator[str]:
     for section in ("forward", "saved", "backward", "step"):
         for node in graph.outputs(section):
-            kept = section == "saved" and node is not None and _is_gathered(node)
+            kept = section == "saved" and node is not None and _is_kept(node)
             if node is not None and not kept and _comes_from(node, ("param", "full", "shard")):
                 yield f"{section} output {node.name} shares storage with a parameter"
 
@@ -77,6 +77,12 @@ def _is_gathered(node: fx.Node) -> bool:
     return isinstance(source, fx.Node) and is_call(source, ops.gather)
 
 
+def _is_kept(node: fx.Node) -> bool:
+    """Whether a value is such a bucket, and the backward is who ends it, or waits for it."""
+    users = [user for user in node.users if user.op != "output"]
+    return _is_gathered(node) and any(region_of(user) == "backward" for user in users)
+
+
 def _comes_from(node: fx.Node, kinds: tuple[str, ...]) -> bool:
     root = view_root(node)
     if is_call(root, ops.gather):
@@ -86,6 +92,9 @@ def _comes_from(node: fx.Node, kinds: tuple[str, ...]) -> bool:
 
 def saved_is_complete(graph: TrainGraph) -> Iterator[str]:
     saved = set(graph.outputs("saved"))
+    for node in graph.outputs("saved"):
+        if node is not None and node.op != "placeholder" and region_of(node) != "forward":
+            yield f"the forward saves {node.name}, which the {region_of(node)} makes"
     kinds = ("buffer", "constant", "input", "size")
     for node in graph.nodes("backward"):
         for source in node.all_input_nodes:

@@ -322,6 +322,16 @@ def test_a_tied_bucket_is_not_gathered_twice_at_once() -> None:
         assert ahead(graph) == "012", "what the step starts is the first of the two"
 
 
+def test_a_bucket_is_gathered_again_only_behind_its_release() -> None:
+    """The first bucket is kept over a list, 40 elements, and not over two."""
+    kinds = ("list", "again", "list", "list", "again")
+    graph = scheduled(chain(kinds), FAR, reach=FAR, reuse=40)
+    order = events(graph, "forward").split()
+    assert [e for e in order if e[1:] == "0"][:5] == ["g0", "w0", "r0", "g0", "w0"]
+    again = order.index("g0", 1)
+    assert order[again:] and order.index("w2") < order.index("r0") < again < order.index("w4")
+
+
 # Reductions
 
 
@@ -415,7 +425,7 @@ def least_alive(kinds: tuple[str, ...], reuse: int) -> int:
 
 
 BOUNDS = st.tuples(st.integers(0, 900), st.integers(0, 900), st.sampled_from((0, 1, 2, 3, FAR)))
-REUSE = st.sampled_from((0, 20, 60, FAR))
+REUSE = st.sampled_from((0, 20, 40, 80, FAR))
 
 
 @settings(
@@ -430,7 +440,7 @@ REUSE = st.sampled_from((0, 20, 60, FAR))
     REUSE,
 )
 @example(("linear", "list"), [(64, 0, 2), (659, 0, 2), (0, 0, 2)], 0)
-@example(("linear", "again", "list", "again"), [(900, 900, FAR)], 20)  # again, and again later
+@example(("list", "again", "list", "list", "again"), [(900, 900, FAR)], 40)  # kept, then again
 def test_chains(kinds: tuple[str, ...], bounds: list[tuple[int, int, int]], reuse: int) -> None:
     """Nothing is read too early, the bound holds, buckets keep their order, on every rank, in every run."""
     least = least_alive(kinds, reuse)

@@ -28,13 +28,15 @@ from zerograph.cost import (
     Timeline,
     Work,
     cluster_of,
+    collective_bytes,
     op_of,
     timeline_of,
     traffic_of,
     work_of,
 )
+from zerograph.cost.traffic import name_of
 from zerograph.errors import PlanError
-from zerograph.ir import TrainGraph, is_call, is_view
+from zerograph.ir import TrainGraph, bucket_of, is_ahead, is_call, is_view
 from zerograph.plan import Plan
 from zerograph.recording import Recording
 
@@ -463,15 +465,99 @@ def test_a_timeline_keeps_the_order_of_streams_and_waits(stage: int, cluster: st
     moved = {nodes[s.node]: s for s in timeline.spans if s.stream == "communication"}
     assert len(moved) == sum(t.count for t in traffic_of(plan.graph).values())
     for index, node in enumerate(nodes):
-        if is_call(node, ops.wait):
-            done = moved[node.args[0]].end
-            assert all(s.start >= done - 1e-12 for s in compute if s.node > index)
+        if is_call(node, ops.wait, ops.refreshed):
+            done = end_of(node, moved, timeline)
+            assert all(s.start >= done - 1e-9 for s in compute if s.node > index)
         if node in moved:
             before = [s.end for s in compute if s.node < index]
             assert moved[node].start >= max(before, default=0.0) - 1e-12
     assert timeline.waited <= timeline.busy["communication"] + 1e-12
     longest = max(timeline.busy.values())
     assert longest <= timeline.seconds <= 1.000001 * (sum(timeline.busy.values()) + host(plan))
+
+
+def end_of(wait: fx.Node, moved: dict[fx.Node, Any], timeline: Timeline) -> float:
+    """When the collective of a wait is done, counted from the start of the step that waits.
+
+    What the step before has started is its span in a step like it, one step earlier.
+    """
+    start: Any = wait.args[0]
+    if is_call(wait, ops.refreshed):
+        (start,) = (n for n in moved if is_call(n, ops.refresh) and bucket_of(n) == wait.args[1])
+    elif is_ahead(start):
+        (start,) = (n for n in moved if is_call(n, ops.gather_ahead) and n.args[1] == start.args[1])
+    else:
+        return float(moved[start].end)
+    return float(moved[start].end) - timeline.seconds
+
+
+def nothing_ahead(plan: Plan) -> TrainGraph:
+    """The plan's graph with a step that starts nothing for the next: it waits, and the forward gathers."""
+    graph = plan.graph.copy()
+    refreshes = [n for n in graph.nodes("step") if is_call(n, ops.refresh)]
+    with graph.inserting(graph.end("step"), "step") as insert:
+        for node in refreshes:
+            insert(ops.wait, node)
+    for node in graph.nodes():
+        if is_call(node, ops.refreshed):
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+        elif is_ahead(node):
+            node.args = node.args[:3]
+        elif is_call(node, ops.gather_ahead):
+            graph.graph.erase_node(node)
+    return graph
+
+
+def slow() -> Cluster:
+    """A link of a tenth of the described one."""
+    link = CPU.intra.model_copy(update={"bandwidth": CPU.intra.bandwidth / 10})
+    return CPU.model_copy(update={"intra": link, "inter": link})
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2", "blocks"])
+@pytest.mark.parametrize("cluster", [CPU, slow()], ids=["cpu", "slow"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_step_that_starts_the_next_ones_collectives_is_no_longer(
+    stage: int, cluster: Cluster, model: str
+) -> None:
+    """One among others like it: what it starts at its end, the next one need not."""
+    blocks = model == "blocks"
+    plan = tiny.planned(tiny.trace_of("blocks", 2), stage) if blocks else plan_of(model, stage)
+    bare = nothing_ahead(plan)
+    started = [n for n in plan.graph.nodes() if is_call(n, ops.gather_ahead, ops.refresh)]
+    assert started and not [n for n in bare.nodes() if is_call(n, ops.gather_ahead, ops.refreshed)]
+    now, before = timeline_of(plan.graph, cluster), timeline_of(bare, cluster)
+    assert now.seconds <= before.seconds * (1 + 1e-9)
+    assert now.waited <= before.waited * (1 + 1e-9)
+    moved = [sum(s.stream == "communication" for s in each.spans) for each in (now, before)]
+    assert moved[0] == moved[1], "every bucket still moves once"
+
+
+@pytest.mark.parametrize("cluster", ["cpu", "h100"])
+def test_the_span_of_a_gather_ahead_stands_for_its_gather(cluster: str) -> None:
+    plan = plan_of("llama", 3, world=16)
+    nodes = plan.graph.nodes()
+    spans = {nodes[s.node]: s for s in plan.timeline(cluster).spans}
+    taken = {bucket_of(n) for n in nodes if is_ahead(n)}
+    ahead = [n for n in nodes if is_call(n, ops.gather_ahead)]
+    assert taken == {bucket_of(n) for n in ahead} != set()
+    assert not [n for n in spans if is_ahead(n)]
+    described = cluster_of(cluster)
+    for node in ahead:
+        span = spans[node]
+        assert (span.region, span.stream) == ("step", "communication")
+        nbytes = collective_bytes(node)
+        assert nbytes == collective_bytes(
+            next(n for n in nodes if is_ahead(n) and n.args[1] == node.args[1])
+        )
+        least = described.collective(name_of(node), nbytes, plan.graph.world)
+        assert span.seconds >= least * (1 - 1e-6)
+        assert least == described.collective("gather", nbytes, plan.graph.world)
+    update = {bucket_of(n): spans[n] for n in nodes if is_call(n, ops.update)}
+    for node in ahead:
+        if bucket_of(node) in update:
+            assert spans[node].start >= update[bucket_of(node)].end - 1e-12
 
 
 def host(plan: Plan) -> float:

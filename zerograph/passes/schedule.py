@@ -83,6 +83,8 @@ class _Line:
     gathers: list[fx.Node]
     live: list[int]
     """Gathered elements alive at each slot."""
+    released: list[int]
+    """The first slot behind each gather's release."""
     slots: list[int]
     """Where each gather starts."""
 
@@ -90,7 +92,11 @@ class _Line:
     def of(cls, graph: TrainGraph, options: Schedule) -> "_Line":
         nodes = graph.nodes()
         gathers = [n for n in nodes if is_call(n, ops.gather)]
-        return cls(options, graph, gathers, _live_at_slots(nodes), list(range(len(gathers))))
+        waits = [_wait_of(gather) for gather in gathers]
+        ends = [next(u for u in wait.users if is_call(u, ops.release)) for wait in waits]
+        released = [sum(wait < end for wait in waits) for end in ends]
+        slots = list(range(len(gathers)))
+        return cls(options, graph, gathers, _live_at_slots(nodes), released, slots)
 
     def prefetch(self) -> int:
         """Move gathers earlier, in order, none further than the one before it; answers how many."""
@@ -99,7 +105,7 @@ class _Line:
         for index, gather in enumerate(self.gathers):
             floor = max(slot, behind.get(bucket_of(gather), 0), self._first_slot(index))
             slot = self.slots[index] = self._earliest(index, min(index, floor))
-            behind[bucket_of(gather)] = index + 1
+            behind[bucket_of(gather)] = self.released[index]
             if slot < index:
                 wait = _wait_of(self.gathers[slot])
                 self._move(gather, wait)

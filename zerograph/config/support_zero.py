@@ -11,9 +11,7 @@ _IN_GRAPH = "parameters are fetched by the graph, without module hooks"
 
 ZERO_ROWS = (
     *built(under(_ZERO, "stage stage3_prefetch_bucket_size stage3_max_live_parameters")),
-    *built(
-        under(_ZERO, "stage3_max_reuse_distance")
-    ),  # within the forward, and within the backward
+    *built(under(_ZERO, "stage3_max_reuse_distance")),
     *advises(under(_ZERO, "overlap_comm round_robin_gradients"), _SCHEDULED),
     *advises(under(_ZERO, "reduce_bucket_size allgather_bucket_size sub_group_size"), _SIZED),
     *advises(

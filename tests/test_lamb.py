@@ -223,6 +223,7 @@ def test_unused_parameters_are_left_alone(stage: int) -> None:
 
 
 def _everything(engine: zerograph.Engine) -> list[Tensor]:
+    engine.state.ahead.settle()
     storages = engine.state.storages.values()
     flats = [(s.full, s.shard, s.master, *s.states.values()) for s in storages]
     steps = [entry["step"] for entry in engine.optimizer.state.values()]
@@ -317,7 +318,7 @@ def region(stage: int, **more: Any) -> list[str]:
 
 
 def test_the_step_measures_exchanges_once_and_applies() -> None:
-    lines = region(3)
+    lines = [line for line in region(3) if not line.startswith("zero.gather_ahead")]
     assert lines[lines.index("%control: f32[2] = %finish[1]") + 1 :] == [
         *(
             f"%b{i}.norms: f64[{n},2] = zero.measure.lamb %b{i}.shard, %b{i}.sum, "
@@ -332,7 +333,7 @@ def test_the_step_measures_exchanges_once_and_applies() -> None:
         *(
             f"zero.update.lamb %b{i}.shard, %b{i}.sum, [%b{i}.exp_avg, %b{i}.exp_avg_sq], "
             f"%hyper, %used, control=%control, norms=%b{i}.totals"
-            for i in (3, 2, 1)
+            for i in (1, 2, 3)
         ),
         "return norm=%norm",
     ]
@@ -341,7 +342,7 @@ def test_the_step_measures_exchanges_once_and_applies() -> None:
 def test_at_stage_0_nothing_is_exchanged() -> None:
     lines = region(0, gradient_clipping=0.0)
     assert not any("gather_norms" in line or "sum_norms" in line for line in lines)
-    assert lines[-2].endswith("%hyper, %used, norms=%b1.norms")
+    assert lines[-2].endswith("%hyper, %used, norms=%b3.norms")
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -281,10 +281,15 @@ def trace_of(parameters: str, ranks: int) -> Any:
     return tiny.traced(model, {"x": x}, ranks, tiny.config(0, **HALF))
 
 
+SEVERAL = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2}
+"""With one backward a step, a rank holds slices of the gradients at stage 1 as well."""
+
+
 def states(parameters: str, ranks: int, stage: int) -> float:
     """Model states in GB (10^9 bytes) on each rank."""
     zero = {"stage": stage, "stage3_max_live_parameters": 10**12}
-    plan = tiny.planned(trace_of(parameters, ranks), stage, zero_optimization=zero, **HALF)
+    more = {**HALF, **SEVERAL}
+    plan = tiny.planned(trace_of(parameters, ranks), stage, zero_optimization=zero, **more)
     return plan.memory.states / 1e9
 
 

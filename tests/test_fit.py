@@ -175,7 +175,8 @@ def test_fit_command(config: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert lines[0] == f"fits in {peaks[2]}, the fastest on h100 first"
     assert lines[1].split() == ["stage", "micro-batch", "accumulation", "step", "peak"]
-    assert lines[5:7] == ["", "does not fit"]
+    fit = sum(peak <= peaks[2] for peak in peaks)
+    assert lines[2 + fit : 4 + fit] == ["", "does not fit"] and fit >= 3
     saved, first = Document.load(best), lines[2].split()
     assert saved.memory.peak in peaks[:3] and str(saved.stage) == first[0]
     assert saved.config["train_micro_batch_size_per_gpu"] == int(first[1])

@@ -343,6 +343,7 @@ def test_a_run_without_plans_imports_no_torch(pytester: pytest.Pytester) -> None
 
 
 GUARD = "".join((ROOT / "tests/conftest.py").read_text().partition("def pytest_addoption")[1:])
+GUARD = GUARD.partition("\n\n\n@pytest.fixture")[0] + "\n"
 
 
 @pytest.mark.parametrize(("installed", "guarded"), [(True, False), (False, True), (True, True)])

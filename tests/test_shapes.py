@@ -16,9 +16,8 @@ import zerograph
 from tests.models import batch_for, loss_of, make
 from tests.oracle import config_for, differing, gradient_error
 from tests.ranks import run_ranks
-from zerograph import engine as engine_module
 from zerograph.errors import ProgramWarning
-from zerograph.runtime import programs
+from zerograph.runtime import planner, programs
 
 CONFIG: dict[str, Any] = {
     "zero_optimization": {"stage": 3},
@@ -35,13 +34,13 @@ class Watch:
         self.engine = zerograph.compile(model, CONFIG)
         self.traces = 0
         self.said: list[str] = []
-        trace = engine_module.trace
+        trace = planner.trace
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             self.traces += 1
             return trace(*args, **kwargs)
 
-        monkeypatch.setattr(engine_module, "trace", counted)
+        monkeypatch.setattr(planner, "trace", counted)
 
     def step(self, *args: Any, loss: Callable[[Any], Tensor] = loss_of, **kwargs: Any) -> int:
         """A forward and backward that must give eager's bits; answers the traces so far."""

@@ -98,7 +98,10 @@ def folded_name(names: Sequence[str]) -> str:
 
 def collective_kind(node: NodeEntry) -> str:
     """`gather` for a zero.gather; empty for a node that is no collective."""
-    return node.op.removeprefix("zero.") if node.stream == "communication" else ""
+    kind = node.op.removeprefix("zero.").removesuffix(
+        "_ahead"
+    )  # the start of a gather stands for it
+    return kind if node.stream == "communication" else ""
 
 
 def _part(found: list[tuple[int, NodeEntry]]) -> Part:

@@ -25,8 +25,7 @@ def dot(document: Document, *, fold: bool = True) -> str:
     """A digraph in the DOT language; `fold=False` draws every layer."""
     blocks = blocks_of(document)
     runs = folds(blocks, lambda b: b.name, lambda b: b.shape) if fold else [[b] for b in blocks]
-    kinds = ["gather_ahead", *document.traffic]
-    colours = {k: light for k, (light, _) in collective_colours(kinds).items()}
+    colours = {k: light for k, (light, _) in collective_colours(document.traffic).items()}
     title = f"{document.model}, stage {document.stage}, {document.world} ranks"
     body = [*HEAD, f"label={_quoted(title)}", "labelloc=t"]
     for index, run in enumerate(runs):

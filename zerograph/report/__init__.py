@@ -86,7 +86,7 @@ def _style(environment: Environment, document: Document) -> Markup:
 
 def _kinds(document: Document) -> list[str]:
     """Kinds of collectives; gather always, as the colour of communication."""
-    return ["gather", "gather_ahead", *document.traffic]
+    return ["gather", *document.traffic]
 
 
 def _embedded(data: object) -> Markup:

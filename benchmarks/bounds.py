@@ -36,8 +36,6 @@ class Verdict:
     bound: Bound
     ratio: float | None
     """None if one of the two was left out."""
-    by: str
-    """The contestant that was best at it: `name`, or its variant that updates in the backward."""
 
     @property
     def held(self) -> bool | None:
@@ -91,13 +89,7 @@ def judged(
     bounds: Sequence[Bound], times: Mapping[str, Times], least: Mapping[str, list[float]]
 ) -> list[Verdict]:
     """A verdict for each bound."""
-    found = []
-    for bound in bounds:
-        names = (bound.name, f"{bound.name} updating")
-        ratios = [(ratio_to(name, bound.against, times, least), name) for name in names]
-        reached = [(value, name) for value, name in ratios if value is not None]
-        found.append(Verdict(bound, *min(reached, default=(None, bound.name))))
-    return found
+    return [Verdict(b, ratio_to(b.name, b.against, times, least)) for b in bounds]
 
 
 def table(
@@ -126,5 +118,7 @@ def table_of_verdicts(verdicts: Sequence[Verdict]) -> str:
     lines = ["| contestant | against | ratio | at most | |", "|---" * 5 + "|"]
     for v in verdicts:
         ratio = "" if v.ratio is None else f"{v.ratio:.3f}"
-        lines.append(f"| {v.by} | {v.bound.against} | {ratio} | {v.bound.most:.2f} | {v.said} |")
+        lines.append(
+            f"| {v.bound.name} | {v.bound.against} | {ratio} | {v.bound.most:.2f} | {v.said} |"
+        )
     return "\n".join(lines)

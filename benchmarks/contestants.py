@@ -17,7 +17,7 @@ from torch import Tensor
 import zerograph
 
 
-def config_of(stage: int, dtype: str, zero: Mapping[str, Any], updating: bool = False) -> Any:
+def config_of(stage: int, dtype: str, zero: Mapping[str, Any]) -> Any:
     """DeepSpeed JSON; without clipping, which no peer does. `zero` is added to its section."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": BATCH,
@@ -30,8 +30,6 @@ def config_of(stage: int, dtype: str, zero: Mapping[str, Any], updating: bool = 
     }
     if dtype == "bf16":
         config["bf16"] = {"enabled": True}
-    if updating:
-        config["compile"] = {"update_in_backward": True}
     return config
 
 
@@ -58,10 +56,6 @@ def configs(options: argparse.Namespace) -> dict[str, Any]:
     dtype, zero = options.dtype, options.zero
     found = {f"stage {s}": config_of(s, dtype, zero if s == 3 else {}) for s in (1, 2, 3)}
     found[bounds.FREED] = config_of(3, dtype, zero | {"stage3_max_reuse_distance": 0})
-    if options.update_in_backward:
-        for stage in (1, 2, 3):
-            more = zero if stage == 3 else {}
-            found[f"stage {stage} updating"] = config_of(stage, dtype, more, updating=True)
     return found
 
 

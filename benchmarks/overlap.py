@@ -119,10 +119,7 @@ def results(
 
 
 def said(verdicts: list[bounds.Verdict]) -> list[dict[str, Any]]:
-    return [
-        {"by": v.by, "ratio": v.ratio, "held": v.held, **dataclasses.asdict(v.bound)}
-        for v in verdicts
-    ]
+    return [{"ratio": v.ratio, "held": v.held, **dataclasses.asdict(v.bound)} for v in verdicts]
 
 
 def write(options: argparse.Namespace, content: Mapping[str, Any]) -> None:
@@ -156,7 +153,6 @@ def main() -> None:
         metavar="JSON",
         help="more keys for zerograph's stage 3",
     )
-    add("--update-in-backward", action="store_true", help="also with compile.update_in_backward")
     add("--memory", action="store_true", help="peak memory of a step instead of its time")
     add("--json", type=Path, metavar="FILE", help="write the results here")
     launch(run, parser.parse_args())

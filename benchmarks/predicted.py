@@ -144,8 +144,9 @@ def expected(plan: zerograph.Plan, cluster: Cluster) -> tuple[float, int]:
         if is_call(node, *ops.COLLECTIVES):
             kind, nbytes = name_of(node), collective_bytes(node)
             total += cluster.bytes_per_link(kind, nbytes, world)
-            if cluster.is_direct(kind):
-                messages = payload.direct_messages(nbytes, world)
+            if cluster.is_direct(kind) or kind == "all_reduce":
+                halves = 2 if kind == "all_reduce" else 1
+                messages = halves * payload.direct_messages(nbytes, world)
             else:
                 rounds = cluster.hops(kind, world) // (world - 1)
                 itemsize = node.meta["val"].dtype.itemsize

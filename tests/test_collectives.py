@@ -75,6 +75,8 @@ def _reductions(rank: int, world: int) -> None:
                 assert torch.equal(mine, buffers[rank]), "what is sent is not changed"
                 shared = got.untyped_storage().data_ptr() == mine.untyped_storage().data_ptr()
                 assert numel == 0 or not shared, "the slice would keep the whole buffer alive"
+                whole = channel.all_reduce(mine, "b0", mean, factor).wait()
+                assert whole is mine and torch.equal(whole, in_rank_order(buffers, mean, factor))
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])

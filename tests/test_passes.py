@@ -819,10 +819,10 @@ AHEAD = {"refresh", "begin"}
 @pytest.mark.parametrize(
     "stage, more, region, native, channel",
     [
-        (0, {}, "backward", SUMMED, SUMMED),
+        (0, {}, "backward", SUMMED, ["all_reduce"] * 3),
         (0, {}, "step", [], []),
         (0, TWICE, "backward", [], []),
-        (0, TWICE, "step", SUMMED, SUMMED),
+        (0, TWICE, "step", SUMMED, ["all_reduce"] * 3),
         (1, {}, "forward", [], []),
         (1, {}, "backward", REDUCED, SCATTERED),
         (1, {}, "step", SMALL + ["refresh"] * 3, SMALL + ["refresh"] * 3),
@@ -848,9 +848,8 @@ def test_collectives_of_each_stage(
         refreshed = [n.args[2] for n in nodes if n.target == "refreshed"]
         awaited = stage in (1, 2) and region == "forward"
         assert refreshed == (["b1", "b2", "b3"] if awaited else [])
-        names = {"gather": "gathers", "reduce_scatter": "reductions"} | dict.fromkeys(
-            AHEAD, "ahead"
-        )
+        names = dict.fromkeys(AHEAD, "ahead") | {"gather": "gathers"}
+        names |= dict.fromkeys(("reduce_scatter", "all_reduce"), "reductions")
         channels = [role.name for role in program.inputs if role.kind == "channel"]
         used = {names[kind] for kind in expected if kind in names} | (
             {"ahead"} if awaited else set()

@@ -229,9 +229,9 @@ def test_keys_and_wheel_move_the_timeline() -> None:
     answer = seen.answer
     assert answer["zoomed"] == pytest.approx(0.6)
     assert answer["moved"] and answer["whole"] and answer["wheel"]
-    assert "zero.gather b0" in answer["tip"]
+    assert "zero.gather b3" in answer["tip"]
     assert "measured" in answer["tip"] and "predicted" in answer["tip"]
-    assert answer["state"]["tab"] == "passes" and "zero.gather b0" in answer["target"]
+    assert answer["state"]["tab"] == "passes" and "zero.gather b3" in answer["target"]
     assert seen.console == []
 
 

@@ -27,10 +27,11 @@ def test_head_comes_first_and_summary_last(stage: int, skeleton: bool) -> None:
     found = plan(stage).text(skeleton=skeleton)
     lines = found.splitlines()
     assert lines[0] == f"# zerograph 1 | Blocks | stage {stage} | world 8 | after schedule"
-    assert lines[1].startswith("precision  ") and lines[2] == "buckets"
+    assert lines[1].startswith("precision  ") and lines[2].startswith("collectives  ")
+    assert lines[3] == "buckets"
     assert lines[-1].startswith("summary  ") and found.endswith("\n")
     assert sum(line.startswith("summary") for line in lines) == 1
-    regions = [line.partition("(")[0] for line in lines[3:-1] if not line.startswith(" ")]
+    regions = [line.partition("(")[0] for line in lines[4:-1] if not line.startswith(" ")]
     assert regions == ["forward", "backward", "step"]
 
 
@@ -125,7 +126,7 @@ def test_a_collective_shows_its_bytes() -> None:
     found = str(plan(3))
     gather = next(line for line in found.splitlines() if "zero.gather b1" in line)
     assert gather.split("  # ")[1] == "1.0 KiB"
-    assert "gather 7 (5.5 KiB)" in found.splitlines()[-1]
+    assert "gather 6 (5.0 KiB)" in found.splitlines()[-1]
 
 
 # The skeleton

@@ -4,6 +4,7 @@ A channel gathers and reduce-scatters by chunked point-to-point messages:
 
     gather           every rank sends its shard to each other rank, and receives theirs into the full buffer
     reduce_scatter   every rank sends each other rank that one's slice, and sums what it receives of its own
+    all_reduce       a reduce_scatter, whose wait gathers the slices, in place
 
 Each pair of ranks exchanges chunks of `CHUNK` bytes, so both directions of a link are busy, and nothing is
 sent twice: (world - 1) / world of the buffer leaves a rank. gloo's own reduce-scatter moves twice that, and
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -88,12 +89,23 @@ class Channel:
 
         `mean` divides the sum by the number of ranks; otherwise it is multiplied by `factor`.
         """
+        return self._reduce(Reducing, buffer, bucket, mean, factor)
+
+    def all_reduce(
+        self, buffer: Tensor, bucket: str, mean: bool, factor: float = 1.0
+    ) -> "Reducing":
+        """Start the same sum, of which each rank is given all, in `buffer` itself."""
+        return self._reduce(AllReducing, buffer, bucket, mean, factor)
+
+    def _reduce(
+        self, kind: "type[Reducing]", buffer: Tensor, bucket: str, mean: bool, factor: float
+    ) -> "Reducing":
         begin = time.perf_counter()
         slices = list(buffer.view(self.size, -1))
         own = slices[self.rank]
         terms = [own if rank == self.rank else torch.empty_like(own) for rank in range(self.size)]
         what, divisor = f"the reduction of bucket {bucket}", self.size if mean else 1
-        pending = Reducing(self, what, bucket, own, terms, divisor=divisor, factor=factor)
+        pending = kind(self, what, bucket, own, terms, buffer, divisor, factor)
         pending.start(slices)
         if self.watch is not None:
             self.watch(pending, begin)
@@ -118,6 +130,8 @@ class Exchange:
     own: Tensor
     """This rank's part."""
     places: list[Tensor]
+    seen: Any = field(default=None, init=False)
+    """What a watcher keeps of it."""
     _sent: list[dist.Work] = field(default_factory=list, init=False)
     _arriving: list[tuple[slice, list[dist.Work]]] = field(default_factory=list, init=False)
 
@@ -184,6 +198,7 @@ class Gathering(Exchange):
 
 @dataclass
 class Reducing(Exchange):
+    buffer: Tensor | None
     divisor: int
     factor: float
 
@@ -192,7 +207,7 @@ class Reducing(Exchange):
         result = self.places[0 if self.channel.rank else 1]
         for chunk in self.arrivals():
             self._sum([place[chunk] for place in self.places], result[chunk])
-        self.places, self.own = [], result
+        self.places, self.own, self.buffer = [], result, None
         return result
 
     def _sum(self, terms: list[Tensor], out: Tensor) -> None:
@@ -208,6 +223,21 @@ class Reducing(Exchange):
             total.mul_(self.factor)
         if total is not out:
             out.copy_(total)
+
+
+class AllReducing(Reducing):
+    def wait(self) -> Tensor:
+        """The buffer [size * n], with the sum."""
+        buffer, channel = self.buffer, self.channel
+        assert buffer is not None
+        own, places = super().wait(), list(buffer.view(channel.size, -1))
+        gathering = Gathering(channel, self.what, self.bucket, own, places, buffer)
+        begin, gathering.seen = time.perf_counter(), self.seen
+        gathering.start([own] * channel.size)
+        places[channel.rank].copy_(own)
+        if channel.watch is not None:
+            channel.watch(gathering, begin)
+        return gathering.wait()
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ class Lifetimes:
             for source in cast(fx.Node, node.args[0]).all_input_nodes:
                 self._extend(source, index + 1)
         self.of[node] = self._lies_in(index, node)
-        if is_call(node, ops.reduce_scatter):
+        if is_call(node, ops.reduce_scatter, ops.all_reduce):
             self._arrivals(index, node)
         if is_call(node, ops.update):
             self.found.append(self._temporaries(index, node))
@@ -162,11 +162,13 @@ class Lifetimes:
 
     def _arrivals(self, index: int, node: fx.Node) -> None:
         """Beside the result, what a point-to-point reduction receives from each further rank."""
-        if self.graph.notes.get("collectives") == "point-to-point" and self.graph.world > 2:
+        world, result = self.graph.world, int(is_call(node, ops.reduce_scatter))
+        if self.graph.notes.get("collectives") == "point-to-point" and world > 1 + result:
             wait = next(user for user in node.users if is_call(user, ops.wait))
-            death = self.nodes.index(wait)
-            for _ in range(self.graph.world - 2):
-                self._new(node, index, "gradients", death)
+            bucket = self.graph.layout.buckets[bucket_of(node)]
+            part = _sizes(cast(fx.Node, node.args[0]).meta["val"])[0] // world
+            nbytes, death = (world - 1 - result) * part, self.nodes.index(wait)
+            self.found.append(Stored(bucket.block, "gradients", nbytes, index, death))
 
     def _temporaries(self, index: int, node: fx.Node) -> Stored:
         """The gradients that a user's class is given; a rule's kernel makes nothing."""

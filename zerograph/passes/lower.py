@@ -18,7 +18,7 @@ end at its last use.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import Any, cast
 
 import torch
@@ -30,7 +30,7 @@ from zerograph.cost import collective_bytes, name_of
 from zerograph.ir import Region, Role, TrainGraph, bucket_of, is_ahead, is_call, role_of
 
 c10d = torch.ops._c10d_functional
-_CHANNELS = {"gathers": ops.gather, "reductions": ops.reduce_scatter}
+_CHANNELS = {"gathers": (ops.gather,), "reductions": (ops.reduce_scatter, ops.all_reduce)}
 _AHEAD = (ops.gather_ahead, ops.refresh, ops.refreshed)
 _KEPT = ("buffer", "constant", "input", "size")
 """Inputs that the backward takes as they were in the forward."""
@@ -121,7 +121,7 @@ class _Builder:
         used = {"ahead"} if several and ahead else set()
         for node in nodes if self.point_to_point else ():
             used |= {
-                n for n, kind in _CHANNELS.items() if is_call(node, kind) and not is_ahead(node)
+                n for n, kinds in _CHANNELS.items() if is_call(node, *kinds) and not is_ahead(node)
             }
         for name in sorted(used):
             self.channels[name] = self.out.placeholder(name)
@@ -188,7 +188,7 @@ class _Builder:
         return alone if self.graph.world == 1 else self.call(target, *args)
 
 
-_STARTS = ("gather", "reduce_scatter", "begin", "refresh")
+_STARTS = ("gather", "reduce_scatter", "all_reduce", "begin", "refresh")
 
 
 def starts_collective(node: fx.Node) -> bool:
@@ -241,7 +241,7 @@ def _wait(b: _Builder, node: fx.Node) -> fx.Node:
     start = cast(fx.Node, node.args[0])
     if b.graph.world == 1:
         return pending
-    if is_ahead(start) or (b.point_to_point and is_call(start, *_CHANNELS.values())):
+    if is_ahead(start) or (b.point_to_point and is_call(start, *chain(*_CHANNELS.values()))):
         return b.out.call_method("wait", (pending,))
     done = b.call(collectives.wait, pending, _called(start))
     if not is_call(start, ops.reduce_scatter, ops.all_reduce):
@@ -322,6 +322,9 @@ def _reduce_scatter(b: _Builder, node: fx.Node) -> fx.Node:
 
 def _all_reduce(b: _Builder, node: fx.Node) -> fx.Node:
     sent, (_, post) = _sent(b, node), _factors(node)
+    if b.point_to_point:
+        mean = post is None
+        return b.start("reductions", "all_reduce", sent, node.args[1], mean, post or 1.0)
     return b.collective(c10d.all_reduce_.default, sent, sent, _operation(post), b.group)
 
 

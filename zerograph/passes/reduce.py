@@ -62,24 +62,30 @@ class Reduce:
         grads = dict(zip(graph.gradients, graph.outputs("backward"), strict=True))
         kept: list[tuple[Gradient, fx.Node]] = []
         order = {node: index for index, node in enumerate(graph.graph.nodes)}
+        last: fx.Node | None = None
         for bucket in reversed(graph.layout.trainable_buckets()):
             found = {p: grads.get(Gradient("param", p)) for p in bucket.params}
             present = {p: n for p, n in found.items() if n is not None}
             in_order = sorted(present, key=lambda p: order[present[p]])
             filled = _fill(graph, bucket, {p: present[p] for p in in_order})
-            kept.append((Gradient("kept", bucket.name), self._reduce(graph, bucket, filled)))
+            place = filled.next if last is None else _later(graph, filled.next, last.next)
+            total = self._reduce(graph, bucket, filled, place)
+            kept.append((Gradient("kept", bucket.name), total))
+            last = total if _in_layout_order(graph) else None
         inputs = [(g, n) for g, n in grads.items() if g.kind == "input"]
         graph.gradients = tuple(g for g, _ in kept + inputs)
         graph.set_outputs(backward=[n for _, n in kept + inputs])
         return f"{len(kept)} buckets reduced"
 
-    def _reduce(self, graph: TrainGraph, bucket: Bucket, filled: fx.Node) -> fx.Node:
+    def _reduce(
+        self, graph: TrainGraph, bucket: Bucket, filled: fx.Node, place: fx.Node
+    ) -> fx.Node:
         dtype = graph.precision.accumulate(bucket.dtype)
         whole = graph.stage == 0 or not graph.reduces_early
         numel = bucket.numel if whole else bucket.shard_numel
         value = graph.fake(numel, dtype, filled.meta["val"].device)
         kept = graph.add_placeholder("kept", bucket.name, value)
-        with graph.inserting(filled.next, "backward", bucket.block) as insert:
+        with graph.inserting(place, "backward", bucket.block) as insert:
             grad = filled
             if graph.reduces_early:
                 grad = insert(ops.wait, _start(graph, insert, self.average, bucket, grad))
@@ -113,12 +119,21 @@ def _cast(insert: Inserter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
     return insert(torch.ops.aten._to_copy.default, node, dtype=dtype)
 
 
+def _in_layout_order(graph: TrainGraph) -> bool:
+    """Whether a backward's reductions are in the same order in every graph of a model.
+
+    Below stage 2 ranks may use different heads in one step, so that none waits for a gradient that it lacks.
+    """
+    return graph.stage < 2 and graph.reduces_early
+
+
 def _fill(graph: TrainGraph, bucket: Bucket, grads: dict[str, fx.Node]) -> fx.Node:
     """A buffer with the bucket's gradients, each put there as soon as it exists."""
     storage = graph.placeholder("shard" if graph.stage == 3 else "full", bucket.name)
     dtype = graph.precision.reduce(bucket.dtype)
     first = next(iter(grads.values()), None)
-    place = _behind(graph, first) if first is not None else graph.end("backward")
+    none = graph.first("backward") if _in_layout_order(graph) else graph.end("backward")
+    place = _behind(graph, first) if first is not None else none
     with graph.inserting(place, "backward", bucket.block) as insert:
         buffer = insert(ops.grad_buffer, storage, bucket.name, bucket.numel, dtype)
     for name, grad in grads.items():

@@ -94,7 +94,10 @@ class Watch:
         if exchange.what in self.program.starts:
             kind, region = self.program.starts[exchange.what][0], self.program.region
         nbytes = exchange.channel.size * exchange.own.nbytes
-        call = Call(kind, exchange.bucket, region, nbytes, begin)
+        if exchange.seen is None:
+            exchange.seen = Call(kind, exchange.bucket, region, nbytes, begin)
+            self.calls.append(exchange.seen)
+        call: Call = exchange.seen  # or the second half of an all-reduce
         works: list[_Message] = []
 
         def wrap(work: dist.Work) -> dist.Work:
@@ -102,7 +105,6 @@ class Watch:
             return cast(dist.Work, works[-1])
 
         exchange.through(wrap)
-        self.calls.append(call)
         if channel not in self._threads:
             self._threads[channel] = _Waiter(f"zerograph profile: {channel}")
             self._threads[channel].start()

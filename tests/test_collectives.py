@@ -166,3 +166,22 @@ def test_a_rank_that_dies_or_stands_still_is_heard_of(stage: int, lost_by: int, 
         assert named, found
         assert "timeout" in found["error"], "how long ranks wait, and where that is set"
         assert found["took"] < 4 * PATIENCE, found
+
+
+def _left_alone(rank: int, world: int) -> float:
+    """After an error on one channel, what is under way on the other is not waited for at the end."""
+    gathers, reductions = (current_world().channel(name) for name in ("gathers", "reductions"))
+    if rank:
+        time.sleep(3 * PATIENCE)
+        return 0.0
+    pending = gathers.gather(torch.ones(8), torch.empty(8 * world), "b0")
+    with pytest.raises(CommunicationError, match="the reduction of bucket b1"):
+        reductions.reduce_scatter(torch.ones(8 * world), "b1", mean=True).wait()
+    since = time.monotonic()
+    del pending
+    return time.monotonic() - since
+
+
+def test_a_rank_that_heard_of_a_loss_stands_still_no_more() -> None:
+    outcomes = outcomes_of(2, _left_alone, timeout=60, collectives=PATIENCE)
+    assert outcomes[0][0] == "value" and outcomes[0][1] < PATIENCE / 2, outcomes[0]

@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -50,7 +51,7 @@ def algorithm_for(device: torch.device) -> Algorithm:
     return "point-to-point" if device.type == "cpu" else "native"
 
 
-@dataclass
+@dataclass(eq=False)
 class Channel:
     """A process group of its own, for collectives that all ranks start in the same order."""
 
@@ -58,10 +59,20 @@ class Channel:
     rank: int
     size: int
     broken: bool = False
-    """Whether a collective has failed; nothing is waited for any more."""
+    """Whether any collective of this process has failed: what nobody waits for is then left alone."""
     _tags: Iterator[int] = field(default_factory=count)
+    _all: ClassVar["WeakSet[Channel]"] = WeakSet()
     watch: "Watcher | None" = None
     """Told of every collective that is started, while a profile runs (runtime/watch.py)."""
+
+    def __post_init__(self) -> None:
+        self._all.add(self)
+
+    @classmethod
+    def broke(cls) -> None:
+        """A collective has failed: a rank that ends must not stand still for the others again."""
+        for channel in cls._all:
+            channel.broken = True
 
     @classmethod
     def beside(cls, group: dist.ProcessGroup) -> "Channel":
@@ -170,7 +181,6 @@ class Exchange:
         try:
             yield
         except RuntimeError as error:
-            self.channel.broken = True
             raise failed(self.channel.rank, self.what, error) from error
 
     def __del__(self) -> None:
@@ -268,6 +278,7 @@ def wait(pending: Tensor, what: str) -> Tensor:
 
 def failed(rank: int, what: str, error: RuntimeError) -> CommunicationError:
     """The error of a rank whose collective `what` ended with the backend's `error`."""
+    Channel.broke()
     reason = str(error).strip().splitlines()[0]
     return CommunicationError(
         f"rank {rank}: {what} failed: {reason}. Another rank has died, or stands still, or runs another "

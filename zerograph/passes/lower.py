@@ -18,19 +18,17 @@ end at its last use.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, takewhile
+from itertools import takewhile
 from typing import Any, cast
 
-import torch
 from torch import fx
 
 from zerograph import collectives, ops
-from zerograph.codegen import dispatch, in_place, kernels, packing
+from zerograph.codegen import in_place
 from zerograph.cost import collective_bytes, name_of
 from zerograph.ir import Region, Role, TrainGraph, bucket_of, is_ahead, is_call, role_of
+from zerograph.passes.lowerings import CHANNELS, HANDLERS, called
 
-c10d = torch.ops._c10d_functional
-_CHANNELS = {"gathers": (ops.gather,), "reductions": (ops.reduce_scatter, ops.all_reduce)}
 _AHEAD = (ops.gather_ahead, ops.refresh, ops.refreshed)
 _KEPT = ("buffer", "constant", "input", "size")
 """Inputs that the backward takes as they were in the forward."""
@@ -61,12 +59,12 @@ class Lower:
     group: str = "dp"
 
     def program(self, graph: TrainGraph, region: Region) -> Program:
-        builder = _Builder(graph, region, self.group)
+        builder = Builder(graph, region, self.group)
         return builder.build()
 
 
 @dataclass
-class _Builder:
+class Builder:
     graph: TrainGraph
     region: Region
     group: str
@@ -104,7 +102,7 @@ class _Builder:
         roles, starts = tuple(self.inputs), {}
         for node in nodes:
             if is_call(node, *ops.COLLECTIVES) and self.graph.world > 1:
-                starts[_called(node)] = name_of(node), bucket_of(node), collective_bytes(node)
+                starts[called(node)] = name_of(node), bucket_of(node), collective_bytes(node)
         return Program(self.region, module, roles, len(results), first, names, starts)
 
     def _needed(self, nodes: Sequence[fx.Node], results: Sequence[fx.Node | None]) -> list[fx.Node]:
@@ -121,7 +119,7 @@ class _Builder:
         used = {"ahead"} if several and ahead else set()
         for node in nodes if self.point_to_point else ():
             used |= {
-                n for n, kinds in _CHANNELS.items() if is_call(node, *kinds) and not is_ahead(node)
+                n for n, kinds in CHANNELS.items() if is_call(node, *kinds) and not is_ahead(node)
             }
         for name in sorted(used):
             self.channels[name] = self.out.placeholder(name)
@@ -148,7 +146,7 @@ class _Builder:
         if node in self.writers:
             self.values[node] = self._write(node, self.writers[node])
             return
-        handler = _HANDLERS.get(node.target) if ops.is_zero(node.target) else None
+        handler = HANDLERS.get(node.target) if ops.is_zero(node.target) else None
         if handler is None:
             assert not ops.is_zero(node.target), f"no lowering for {node.target}"
             self.values[node] = self.out.node_copy(node, self._value)
@@ -158,7 +156,7 @@ class _Builder:
             self.values[node] = result
             result.meta["val"] = node.meta.get("val")
             if is_call(node, *ops.COLLECTIVES):
-                result.meta["called"] = _called(node)
+                result.meta["called"] = called(node)
 
     def _write(self, node: fx.Node, put: fx.Node) -> fx.Node:
         buffer = self.values[in_place.buffer_of(put)]
@@ -205,222 +203,6 @@ def waits_for_collective(node: fx.Node) -> bool:
 
 def _unmarked(node: fx.Node) -> bool:
     return node.op != "placeholder" and "plan" not in node.meta
-
-
-Handler = Callable[[_Builder, fx.Node], fx.Node | None]
-
-
-def _gather(b: _Builder, node: fx.Node) -> fx.Node:
-    shard, bucket, *_ = b.args(node)
-    if is_ahead(node) and b.graph.world > 1:
-        return b.start("ahead", "take", shard, bucket)
-    if not b.point_to_point:
-        return _gathered(b, shard, node)
-    return b.start("gathers", "gather", shard, _empty(b, shard, node), bucket)
-
-
-def _gathered(b: _Builder, shard: fx.Node, node: fx.Node) -> fx.Node:
-    """An all-gather into a buffer that is made first.
-
-    With one that the collective makes itself, gloo corrupts the heap (seen on torch 2.13) when two are
-    under way and the first is freed.
-    """
-    if b.graph.world == 1:
-        return shard
-    op = c10d.all_gather_into_tensor_out.default
-    buffer = _empty(b, shard, node)
-    return b.out.call_function(op, (shard, b.graph.world, b.group), {"out": buffer})
-
-
-def _empty(b: _Builder, like: fx.Node, node: fx.Node) -> fx.Node:
-    return b.call(torch.ops.aten.new_empty.default, like, list(node.meta["val"].shape))
-
-
-def _wait(b: _Builder, node: fx.Node) -> fx.Node:
-    pending: fx.Node = b.args(node)[0]
-    start = cast(fx.Node, node.args[0])
-    if b.graph.world == 1:
-        return pending
-    if is_ahead(start) or (b.point_to_point and is_call(start, *chain(*_CHANNELS.values()))):
-        return b.out.call_method("wait", (pending,))
-    done = b.call(collectives.wait, pending, _called(start))
-    if not is_call(start, ops.reduce_scatter, ops.all_reduce):
-        return done
-    _, post = _factors(start)
-    return done if post in (None, 1.0) else b.call(torch.ops.aten.mul_.Scalar, done, post)
-
-
-def _called(start: fx.Node) -> str:
-    """What an error calls a collective: `the reduction of bucket b0`."""
-    gathers = dict.fromkeys((ops.gather, ops.refresh), "gather")
-    reductions = dict.fromkeys((ops.reduce_scatter, ops.all_reduce), "reduction")
-    kinds: dict[Any, str] = gathers | reductions
-    kind = kinds.get(start.target, "")
-    return f"the {kind} of bucket {bucket_of(start)}" if kind else f"the {name_of(start)}"
-
-
-def _param(b: _Builder, node: fx.Node) -> fx.Node:
-    full, _, offset, size, stride = b.args(node)
-    return b.call(torch.ops.aten.as_strided.default, full, size, stride, offset)
-
-
-def _release(b: _Builder, node: fx.Node) -> None:
-    return None
-
-
-def _grad_buffer(b: _Builder, node: fx.Node) -> fx.Node:
-    like, bucket, numel, dtype = b.args(node)
-    return b.call(kernels.grad_buffer, like, numel, dtype, _gaps(b.graph, node, bucket, numel))
-
-
-def _gaps(graph: TrainGraph, node: fx.Node, bucket: str, numel: int) -> list[tuple[int, int]]:
-    """What no `put` writes: padding and absent gradients, as (start, stop), neighbours joined."""
-    filled: set[str] = set()
-    while put := next((user for user in node.users if is_call(user, ops.put)), None):
-        filled.add(cast(str, put.args[2]))
-        node = put
-    gaps: list[tuple[int, int]] = []
-    for param, start, stop in graph.layout.extents(bucket):
-        begin = start + param.numel if param.name in filled else start
-        if begin < stop:
-            joined = bool(gaps) and gaps[-1][1] == begin
-            gaps[-1:] = [(gaps[-1][0], stop)] if joined else [*gaps[-1:], (begin, stop)]
-    return gaps
-
-
-def _put(b: _Builder, node: fx.Node) -> fx.Node:
-    if in_place.is_in_place(node):
-        return b.values[cast(fx.Node, node.args[0])]
-    buffer, grad, _, offset, size, stride = b.args(node)
-    target = kernels.put if packing.kernel_of(node) is None else kernels.pack
-    return b.call(target, buffer, grad, offset, size, stride, packing.scale_of(node))
-
-
-def _factors(node: fx.Node) -> tuple[float, float | None]:
-    """(pre, post) of a reduction; no post where it is the collective's own average."""
-    pre, post, world = cast(tuple[float, float, int], node.args[2:])
-    return (1.0, None) if pre == 1.0 and post == 1 / world else (pre, post)
-
-
-def _sent(b: _Builder, node: fx.Node) -> fx.Node:
-    """The buffer of a reduction, scaled for the sum."""
-    buffer: fx.Node = b.args(node)[0]
-    pre, _ = _factors(node)
-    put = packing.is_scaled(cast(fx.Node, node.args[0]))  # the puts have scaled it already
-    scaled = pre != 1.0 and b.graph.world > 1 and not put
-    return b.call(torch.ops.aten.mul_.Scalar, buffer, pre) if scaled else buffer
-
-
-def _reduce_scatter(b: _Builder, node: fx.Node) -> fx.Node:
-    sent, (_, post) = _sent(b, node), _factors(node)
-    if b.point_to_point:
-        mean = post is None
-        return b.start("reductions", "reduce_scatter", sent, node.args[1], mean, post or 1.0)
-    op = c10d.reduce_scatter_tensor.default
-    return b.collective(op, sent, sent, _operation(post), b.graph.world, b.group)
-
-
-def _all_reduce(b: _Builder, node: fx.Node) -> fx.Node:
-    sent, (_, post) = _sent(b, node), _factors(node)
-    if b.point_to_point:
-        mean = post is None
-        return b.start("reductions", "all_reduce", sent, node.args[1], mean, post or 1.0)
-    return b.collective(c10d.all_reduce_.default, sent, sent, _operation(post), b.group)
-
-
-def _operation(post: float | None) -> str:
-    return "avg" if post is None else "sum"
-
-
-def _accumulate(b: _Builder, node: fx.Node) -> fx.Node:
-    kept, grad, _, weight = b.args(node)
-    return b.call(kernels.accumulate, kept, grad, weight, node.meta["val"].dtype)
-
-
-def _norm_partials(b: _Builder, node: fx.Node) -> fx.Node:
-    return b.call(dispatch.norm_partials, *b.args(node))
-
-
-def _gather_partials(b: _Builder, node: fx.Node) -> fx.Node:
-    partial, _ = b.args(node)
-    return _gathered(b, partial, node)
-
-
-def _finish(b: _Builder, node: fx.Node) -> fx.Node:
-    return b.call(dispatch.finish, *b.args(node))
-
-
-def _measure(b: _Builder, node: fx.Node) -> fx.Node:
-    master, grad, state, hyper, used, control, bucket, _, _ = b.args(node)
-    return b.out.call_method("measure", (hyper, bucket, master, grad, state, used, control))
-
-
-def _gather_norms(b: _Builder, node: fx.Node) -> fx.Node:
-    norms, _ = b.args(node)
-    joined = b.call(torch.ops.aten.cat.default, norms)
-    return _gathered(b, b.call(torch.ops.aten.unsqueeze.default, joined, 0), node)
-
-
-def _sum_norms(b: _Builder, node: fx.Node) -> fx.Node:
-    gathered, _, first, params = b.args(node)
-    return b.call(kernels.sum_norms, gathered, first, params)
-
-
-def _any_rank(b: _Builder, node: fx.Node) -> fx.Node:
-    flags, _ = b.args(node)
-    return b.collective(c10d.all_reduce.default, flags, flags, "max", b.group)
-
-
-def _sum_weights(b: _Builder, node: fx.Node) -> fx.Node:
-    weight, _ = b.args(node)
-    return b.collective(c10d.all_reduce.default, weight, weight, "sum", b.group)
-
-
-def _update(b: _Builder, node: fx.Node) -> fx.Node:
-    """The `hyper` input carries the optimizer's groups, step counts and rule, and applies it."""
-    master, grad, state, low, hyper, used, control, bucket, _, *norms = b.args(node)
-    args = (hyper, bucket, master, grad, state, low, used, control, *norms)
-    return b.out.call_method("update", args)
-
-
-def _refresh(b: _Builder, node: fx.Node) -> fx.Node:
-    full, shard, bucket, _ = b.args(node)
-    return full if b.graph.world == 1 else b.start("ahead", "refresh", full, shard, bucket)
-
-
-def _refreshed(b: _Builder, node: fx.Node) -> fx.Node:
-    full, bucket = b.args(node)
-    return full if b.graph.world == 1 else b.start("ahead", "refreshed", full, bucket)
-
-
-def _gather_ahead(b: _Builder, node: fx.Node) -> fx.Node | None:
-    shard, bucket, _ = b.args(node)
-    return None if b.graph.world == 1 else b.start("ahead", "begin", shard, bucket)
-
-
-_HANDLERS: dict[Any, Handler] = {
-    ops.gather: _gather,
-    ops.wait: _wait,
-    ops.param: _param,
-    ops.release: _release,
-    ops.grad_buffer: _grad_buffer,
-    ops.put: _put,
-    ops.reduce_scatter: _reduce_scatter,
-    ops.all_reduce: _all_reduce,
-    ops.accumulate: _accumulate,
-    ops.norm_partials: _norm_partials,
-    ops.gather_partials: _gather_partials,
-    ops.finish: _finish,
-    ops.measure: _measure,
-    ops.gather_norms: _gather_norms,
-    ops.sum_norms: _sum_norms,
-    ops.any_rank: _any_rank,
-    ops.sum_weights: _sum_weights,
-    ops.update: _update,
-    ops.refresh: _refresh,
-    ops.refreshed: _refreshed,
-    ops.gather_ahead: _gather_ahead,
-}
 
 
 class _Boxed(fx.graph.CodeGen):

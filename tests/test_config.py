@@ -706,3 +706,9 @@ def test_batch_errors_show_all_numbers(
     with pytest.raises(ConfigError) as caught:
         batch(values, world)
     assert all(number in str(caught.value) for number in numbers)
+
+
+@pytest.mark.parametrize("section", ["optimizer", "scheduler"])
+def test_a_section_that_is_null_is_left_out(section: str) -> None:
+    loaded = load_config({section: None})
+    assert getattr(loaded, section) is None and not loaded.advisory()

@@ -23,6 +23,8 @@ def given(section: Section, prefix: str = "") -> Iterator[Leaf]:
         if name not in section.model_fields_set:
             continue
         value = getattr(section, name)
+        if value is None and not prefix and name not in SUPPORT:
+            continue  # a section that is null is left out
         if isinstance(value, Section):
             yield from given(value, f"{prefix}{name}.")
         else:

@@ -1,5 +1,6 @@
 """engine.profile: what it measures holds together, ends when it should, and changes nothing."""
 
+import gc
 import json
 import logging
 import time
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.profiler import ProfilerActivity
 
 import zerograph
 from tests.models import batch_for, loss_of, make
@@ -239,3 +242,21 @@ def test_the_table_of_many_buckets_shows_those_waited_for_longest() -> None:
     text = str(measured(*calls))
     assert "21 others" in text and " b59 " in text and " b20 " not in text
     assert len(text.splitlines()) < 60
+
+
+def _under_torch_profiler(rank: int, world: int) -> bool:
+    """Steps under torch's profiler, which ends while the refreshes of the last step are under way."""
+    engine = zerograph.compile(make("llama"), config_for(1))
+    for _ in range(4):
+        with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as seen:
+            step(engine, rank)
+        step(engine, rank)
+        for _ in range(3):  # a corrupt heap is found by who uses it
+            gc.collect()
+            del [bytearray(size) for size in range(2000)][:]
+    return len(seen.key_averages()) > 10
+
+
+def test_torchs_profiler_may_end_while_something_is_under_way() -> None:
+    """torch's own record of gloo's work would be written to after the profiler is gone."""
+    assert run_ranks(2, _under_torch_profiler) == [True, True]

@@ -149,7 +149,7 @@ class Exchange:
     def start(self, parts: list[Tensor]) -> None:
         """Send `parts[r]` [n] to each other rank r, and receive from it, chunk by chunk."""
         group = self.channel.group
-        with self._named():
+        with self._named(), compat.unrecorded():
             for chunk in _chunks(self.own):
                 tag, arriving = self.channel.tag(), []
                 for peer in self.channel.peers():
@@ -264,7 +264,8 @@ class Native:
 def start_gather(shard: Tensor, full: Tensor, bucket: str, world: int, group: str) -> Native:
     """Gather as the backend does: all ranks' shards [n] into `full` [world * n]."""
     op = torch.ops._c10d_functional.all_gather_into_tensor_out
-    return Native(op(shard, world, group, out=full), f"the gather of bucket {bucket}")
+    with compat.unrecorded():
+        return Native(op(shard, world, group, out=full), f"the gather of bucket {bucket}")
 
 
 def wait(pending: Tensor, what: str) -> Tensor:

@@ -16,6 +16,7 @@ is mended here and nowhere else:
     runtime.py   torch.distributed.distributed_c10d._get_default_store
                  ProcessGroup._get_backend(device).options._timeout
                  ctx.maybe_clear_saved_tensors of autograd functions
+                 torch._C._autograd._enable_record_function
                  torch.optim.Optimizer: _opt_called, step._wrapped_by_lr_sched, the hook tables
     logs.py      torch._logging._internal: trace_structured, LOG_TRACE_HANDLER
 """
@@ -42,6 +43,7 @@ from zerograph.compat.runtime import (
     mark_tracked,
     optimizer_hooks,
     timeout_of,
+    unrecorded,
 )
 from zerograph.compat.symbols import (
     SYMBOLIC,
@@ -92,5 +94,6 @@ __all__ = [
     "symbol_of",
     "timeout_of",
     "trace_text",
+    "unrecorded",
     "user_frames",
 ]

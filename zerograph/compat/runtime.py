@@ -1,6 +1,7 @@
 """What runs beside the graph: autograd nodes, torch's optimizers, the process group's store."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -53,3 +54,17 @@ def timeout_of(group: dist.ProcessGroup) -> timedelta:
     options: Any = group._get_backend(torch.device("cpu")).options
     timeout: timedelta = options._timeout
     return timeout
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """What is started here outlives any profiler of torch's.
+
+    gloo's work tells the profiler of its end, and corrupts the heap if the profiler ended before it (torch
+    2.13; thirty lines of pure torch crash every time). What a step sends for the next one may end later.
+    """
+    torch._C._autograd._enable_record_function(False)
+    try:
+        yield
+    finally:
+        torch._C._autograd._enable_record_function(True)

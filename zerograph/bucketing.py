@@ -64,7 +64,11 @@ def limits_of(config: ZeroConfig) -> Limits:
 
 
 def within(layout: Layout, limits: Limits) -> Layout:
-    """The layout with its buckets cut to the limits; what is within them stays as it is."""
+    """The layout with its buckets cut to the limits; what is within them stays as it is.
+
+    The engine's layout is cut before it is traced, and `shard` cuts what a graph was traced with: so the same
+    limits twice must be the same layout.
+    """
     chosen = _persistent(layout, limits)
     members: list[tuple[str, bool, Sequence[Param]]] = []
     together: dict[tuple[torch.dtype, bool], list[Param]] = {}
@@ -100,7 +104,8 @@ def _persistent(layout: Layout, limits: Limits) -> list[Param]:
     """The parameters that stay gathered, in order of registration."""
     small = [p for p in layout.params.values() if p.numel < limits.persistence]
     left, names = limits.persistent, set()
-    for param in sorted(small, key=lambda param: param.numel):
+    buckets = layout.buckets  # of equal ones, those that are persistent already come first
+    for param in sorted(small, key=lambda p: (p.numel, not buckets[p.bucket].persistent)):
         if param.numel > left:
             break
         left -= param.numel

@@ -233,7 +233,6 @@ BF16 = {
     "gradient_accumulation_steps": 2,
 }
 PLAIN: dict[str, tuple[int, dict[str, Any]]] = {
-    "stage 1 cut": (1, CUT),
     "stage 2 cut and at once": (2, {**CUT, "overlap_comm": False}),
     "stage 3 cut and persistent": (3, {**CUT, **PERSISTS, "stage3_max_live_parameters": 1000}),
 }

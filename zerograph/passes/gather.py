@@ -19,7 +19,8 @@ what keeping costs, whichever bucket they are of, and each byte kept saves the g
 choice is then the one that fills the budget best, a subset sum, which is solved exactly (in parts of a
 millionth of the budget, rounded up, where sizes have no larger common divisor). Of equal sums the nearest
 buckets' is taken, which are held for the shortest time. A bucket with no other between its uses is kept in
-any case and not counted: to gather it again would free it for no operator of another block.
+any case and not counted: to gather it again would free it for no operator of another block. Nor is what
+`schedule` starts early for the backward, which its own bounds limit.
 """
 
 from collections.abc import Iterable, Sequence
@@ -145,7 +146,8 @@ def best_within(sizes: Sequence[int], budget: int) -> list[bool]:
 
     Of the sets with that sum it is the one with the first that can be had, then the second, and so on. Sums
     are exact if the greatest common divisor of the sizes is at least a millionth of the budget; otherwise a
-    size is rounded up to such parts. Time and memory: len(sizes) times 2**20 bits.
+    size is rounded up to such parts, and a set that leaves less of the budget than a part for each size may
+    be missed. Time and memory: len(sizes) times 2**20 bits.
     """
     unit = max(gcd(*sizes), -(-budget // _UNITS), 1)
     parts, whole = [-(-size // unit) for size in sizes], budget // unit

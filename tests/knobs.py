@@ -85,6 +85,12 @@ def zero(**more: Any) -> dict[str, Any]:
     return base(zero_optimization={"stage": 3, **more})
 
 
+def sized(stage: int, **more: Any) -> dict[str, Any]:
+    """`base` with other keys of its section."""
+    made = base(stage)
+    return {**made, "zero_optimization": {**made["zero_optimization"], **more}}
+
+
 def optimizer(kind: str, **params: Any) -> dict[str, Any]:
     return base(optimizer={"type": kind, "params": {"lr": 1e-3, **params}})
 
@@ -123,6 +129,62 @@ KNOBS = (
         "elements start earlier.",
         zero(),
         zero(stage3_prefetch_bucket_size=0),
+    ),
+    Knob(
+        "zero_optimization.stage3_prefetch_bucket_size",
+        "A block that could not start early, because it has more elements, is cut between parameters, in "
+        "order of registration.",
+        zero(stage3_prefetch_bucket_size=0),
+        zero(stage3_prefetch_bucket_size=72),
+        "cut",
+    ),
+    Knob(
+        "zero_optimization.reduce_bucket_size",
+        "A block with more elements is cut between parameters, in order of registration; each piece is "
+        "reduced as soon as its gradients are there. A parameter that has more gets a bucket of its own. "
+        "It acts at every stage.",
+        base(1),
+        sized(1, reduce_bucket_size=72),
+    ),
+    Knob(
+        "zero_optimization.allgather_bucket_size",
+        "At stages 1 and 2, where buckets are gathered behind their update, blocks with more elements are "
+        "cut as well: the smaller of the two sizes counts. At stages 0 and 3 it says nothing.",
+        base(2),
+        sized(2, allgather_bucket_size=72),
+    ),
+    Knob(
+        "zero_optimization.stage3_param_persistence_threshold",
+        "Parameters with fewer elements stay gathered from step to step, in buckets of their own that are "
+        "handled as at stage 2: no gather in forward or backward, and one of the new values behind the "
+        "update. They count in stage3_max_live_parameters. This happens where the key is given. "
+        "DeepSpeed's default of 100,000 is not taken over: there every parameter costs a message, here a "
+        "small one in the bucket of its block costs none, and a bucket more costs two.",
+        zero(),
+        zero(stage3_param_persistence_threshold=64),
+    ),
+    Knob(
+        "zero_optimization.stage3_model_persistence_threshold",
+        "No more elements than this persist in the whole model; the smallest parameters come first, and "
+        "among equal ones those that are registered first.",
+        zero(stage3_param_persistence_threshold=64),
+        zero(stage3_param_persistence_threshold=64, stage3_model_persistence_threshold=24),
+    ),
+    Knob(
+        "zero_optimization.overlap_comm",
+        "When it is false, nothing starts ahead of its use or ends late: gathers start where they are waited "
+        "for, and reductions are waited for where they start.",
+        base(3),
+        sized(3, overlap_comm=False),
+        "3",
+    ),
+    Knob(
+        "zero_optimization.overlap_comm",
+        "When it is false, the step waits for new parameters, and not the next forward. If it is left out, "
+        "communication overlaps at every stage, not at stage 3 alone as in DeepSpeed: no bit depends on it.",
+        base(2),
+        sized(2, overlap_comm=False),
+        "2",
     ),
     Knob(
         "zero_optimization.stage3_max_live_parameters",
@@ -225,6 +287,14 @@ KNOBS = (
         "divided out. A step that is not finite is skipped.",
         base(),
         base(compile={"weighted_accumulation": True}),
+    ),
+    Knob(
+        "compile.gathered_budget",
+        "So many bytes of gathered buckets may be kept from the forward to the backward, whatever the "
+        "reuse distance: those that fill it best, the nearest to the turn first. Here the budget is that "
+        "of one block; the head, which is used last and first again, is not counted.",
+        zero(),
+        {**zero(), "compile": {"gathered_budget": 512}},
     ),
     Knob(
         "optimizer.type",

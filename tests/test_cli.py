@@ -118,10 +118,12 @@ def test_plan_of_another_cluster_takes_another_time(folder: Path) -> None:
 
 def test_advice_is_printed(tmp_path: Path) -> None:
     config = tiny.config(3)
-    config["zero_optimization"]["overlap_comm"] = True
+    config["zero_optimization"]["contiguous_gradients"] = True
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(config))
-    assert "  zero_optimization.overlap_comm=true: " in ok("plan", *BLOCKS, "--config", path)
+    assert "  zero_optimization.contiguous_gradients=true: " in ok(
+        "plan", *BLOCKS, "--config", path
+    )
 
 
 def test_no_world_is_too_large_and_none_is_started(folder: Path) -> None:

@@ -1,14 +1,18 @@
 """Buckets that are kept gathered: which, for how long, and within which bound."""
 
+from itertools import combinations
 from typing import Any
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from tests import tiny
 from zerograph import ops
 from zerograph.config import load_config
 from zerograph.cost import peak_gathered
 from zerograph.ir import is_call, region_of
+from zerograph.passes.gather import best_within
 from zerograph.plan import Plan
 from zerograph.planning import default_arriving, plan_of
 
@@ -20,6 +24,13 @@ def planned(reuse: int, max_live: int = FAR, prefetch: int = 0, **more: Any) -> 
     zero = {"stage": 3, "stage3_max_reuse_distance": reuse, "stage3_max_live_parameters": max_live}
     zero["stage3_prefetch_bucket_size"] = prefetch
     return tiny.planned(tiny.trace_of("blocks", 4), 3, zero_optimization=zero, **more)
+
+
+def within_budget(budget: int, **zero: int) -> Plan:
+    """The same blocks, of 512, 768, 768 and 512 bytes, with a budget for what is kept."""
+    made = {"stage": 3, "stage3_prefetch_bucket_size": 0, **zero}
+    more: Any = {"zero_optimization": made, "compile": {"gathered_budget": budget}}
+    return tiny.planned(tiny.trace_of("blocks", 4), 3, **more)
 
 
 def gathered(plan: Plan, region: Any) -> list[str]:
@@ -81,3 +92,53 @@ def test_a_backward_for_other_gradients_keeps_nothing() -> None:
     for name in other:
         assert not kept(plan_of(trace, config, (name,)))
     assert other
+
+
+@pytest.mark.parametrize("reuse", [0, FAR])
+@pytest.mark.parametrize(
+    "budget, expected",
+    [(0, "b3"), (767, "b3"), (768, "b3 b2"), (1535, "b3 b2"), (1536, "b3 b2 b1")],
+)
+def test_a_budget_says_in_bytes_what_is_kept(budget: int, expected: str, reuse: int) -> None:
+    """Whatever the reuse distance. The head, used last and first again, is not counted."""
+    plan = within_budget(budget, stage3_max_reuse_distance=reuse)
+    assert kept(plan) == expected.split()
+    assert len(gathered(plan, "backward")) == 3 - len(kept(plan))
+
+
+def test_a_budget_does_not_loosen_the_bound_on_what_is_alive() -> None:
+    plan = within_budget(10**9, stage3_max_live_parameters=320)
+    assert kept(plan) == ["b3", "b2"] and peak_gathered(plan.graph) <= 320
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.integers(0, 40), max_size=8), st.integers(0, 150), st.sampled_from([1, 3, 1 << 24])
+)
+def test_the_best_choice_within_a_budget(sizes: list[int], budget: int, scale: int) -> None:
+    """The largest sum, and of those that have it the one with the earliest entries."""
+    scaled = [size * scale for size in sizes]
+    taken = best_within(scaled, budget * scale)
+    total = sum(size for size, on in zip(scaled, taken, strict=True) if on)
+    sums = [
+        (sum(scaled[i] for i in chosen), [i in chosen for i in range(len(sizes))])
+        for count in range(len(sizes) + 1)
+        for chosen in combinations(range(len(sizes)), count)
+    ]
+    best = max(each for each in sums if each[0] <= budget * scale)
+    assert (total, taken) == best
+
+
+@example([3 * 2**19 + 1, 3 * 2**19 + 2], 3 * 2**20)
+@example([1, 2**20 + 1], 2**20 + 1)
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 10**10), min_size=1, max_size=10), st.integers(1, 10**11))
+def test_a_choice_of_uneven_sizes_is_within_the_budget(sizes: list[int], budget: int) -> None:
+    """And no worse than any that leaves a part for each size free."""
+    taken = best_within(sizes, budget)
+    total = sum(size for size, on in zip(sizes, taken, strict=True) if on)
+    room = budget - (len(sizes) + 1) * (budget // (1 << 20) + 1)
+    sums = {0}
+    for size in sizes:
+        sums |= {one + size for one in sums if one + size <= room}
+    assert max(sums) <= total <= budget

@@ -111,6 +111,12 @@ class TrainGraph:
         return self.stage >= 2 or self.notes.get("accumulation") == 1
 
     @property
+    def resident(self) -> int:
+        """Elements of buckets that stay gathered from step to step at stage 3."""
+        buckets = self.layout.buckets.values()
+        return sum(b.numel for b in buckets if self.stage == 3 and b.persistent)
+
+    @property
     def device(self) -> torch.device:
         """Where the step is planned to run."""
         values = (node.meta["val"] for node in self.placeholders())

@@ -7,14 +7,15 @@
 
 A bucket is the unit of storage and of communication: one block's parameters (a repeated layer, or
 the run of parameters before, between or after the repeated layers), one dtype, trainable apart from
-frozen. Rank r owns the r-th of `world` equal slices ("flat parameter" of ZeRO, arXiv:1910.02054
-section 5, in the per-block form of FSDP, arXiv:2304.11277 section 3.2). The layout reads shapes and
-dtypes only, so a model on the meta device and a real one have the same layout.
+frozen; bucketing.py cuts blocks that are larger than the config says. Rank r owns the r-th of `world`
+equal slices ("flat parameter" of ZeRO, arXiv:1910.02054 section 5, in the per-block form of FSDP,
+arXiv:2304.11277 section 3.2). The layout reads shapes and dtypes only, so a model on the meta device and a
+real one have the same layout.
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,11 +44,11 @@ class Param:
     trainable: bool
     tied: tuple[str, ...]
     """Other names of the same tensor."""
-    bucket: str
-    offset: int
-    """Elements from the start of the bucket."""
     group: int
     """Index of its optimizer parameter group; 0 for frozen parameters."""
+    bucket: str = ""
+    offset: int = 0
+    """Elements from the start of the bucket."""
 
     @property
     def numel(self) -> int:
@@ -75,6 +76,8 @@ class Bucket:
     numel: int
     """Elements, padding included."""
     world: int
+    persistent: bool = False
+    """Whether every rank holds all of it from step to step at stage 3 too (bucketing.py)."""
 
     @property
     def shard_numel(self) -> int:
@@ -83,6 +86,14 @@ class Bucket:
     @property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
+
+    def sliced(self, stage: int) -> bool:
+        """Whether a rank holds no more than its slice of the parameters, which are gathered for each use."""
+        return stage == 3 and not self.persistent
+
+    def refreshed(self, stage: int) -> bool:
+        """Whether ranks hold all of it and update a slice each, so that others' slices are fetched then."""
+        return self.trainable and stage > 0 and not self.sliced(stage)
 
 
 @dataclass(frozen=True)
@@ -142,33 +153,42 @@ def layout_of(
     tensors = {found[0]: tensor for tensor, found in names.items()}
     group_of, groups = _groups(model, tensors, names, param_groups)
     blocks = block_of_each(model, list(tensors))
+    members: dict[tuple[str, bool, torch.dtype], list[Param]] = {}
+    for name, tensor in tensors.items():
+        param = Param(
+            name=name,
+            shape=tuple(tensor.shape),
+            stride=_dense_stride(tensor),
+            dtype=precision.parameter(name, tensor.dtype),
+            model_dtype=tensor.dtype,
+            trainable=tensor.requires_grad or name in trained,
+            tied=tuple(names[tensor][1:]),
+            group=group_of.get(name, 0),
+        )
+        members.setdefault((blocks[name], param.trainable, param.dtype), []).append(param)
+    return packed(world, [(block, False, found) for (block, *_), found in members.items()], groups)
+
+
+def packed(
+    world: int,
+    members: Iterable[tuple[str, bool, Sequence[Param]]],
+    groups: tuple[Mapping[str, Any], ...],
+) -> Layout:
+    """The layout with a bucket b0, b1, ... for each of `members`: (block, whether persistent, parameters).
+
+    Parameters of one bucket have one dtype, and are all trainable or all frozen.
+    """
     params: dict[str, Param] = {}
     buckets: dict[str, Bucket] = {}
-    members: dict[tuple[str, torch.dtype, bool], list[str]] = {}
-    for name, tensor in tensors.items():
-        trainable = tensor.requires_grad or name in trained
-        key = (blocks[name], precision.parameter(name, tensor.dtype), trainable)
-        members.setdefault(key, []).append(name)
-    for index, ((block, dtype, trainable), in_bucket) in enumerate(members.items()):
-        bucket, offset = f"b{index}", 0
-        align = ALIGN_BYTES // dtype.itemsize
-        for name in in_bucket:
-            tensor = tensors[name]
-            params[name] = Param(
-                name=name,
-                shape=tuple(tensor.shape),
-                stride=_dense_stride(tensor),
-                dtype=dtype,
-                model_dtype=tensor.dtype,
-                trainable=trainable,
-                tied=tuple(names[tensor][1:]),
-                bucket=bucket,
-                offset=offset,
-                group=group_of.get(name, 0),
-            )
-            offset = _round_up(offset + tensor.numel(), align)
+    for index, (block, persistent, found) in enumerate(members):
+        name, offset = f"b{index}", 0
+        dtype, trainable = found[0].dtype, found[0].trainable
+        for param in found:
+            params[param.name] = replace(param, bucket=name, offset=offset)
+            offset = _round_up(offset + param.numel, ALIGN_BYTES // dtype.itemsize)
         numel = max(_round_up(offset, world * PAD_ELEMENTS), world * PAD_ELEMENTS)
-        buckets[bucket] = Bucket(bucket, block, dtype, trainable, tuple(in_bucket), numel, world)
+        held = tuple(param.name for param in found)
+        buckets[name] = Bucket(name, block, dtype, trainable, held, numel, world, persistent)
     return Layout(world, params, buckets, groups)
 
 
@@ -183,9 +203,7 @@ def block_of_each(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
     run: list[str] = []
 
     def close() -> None:
-        owners = list(dict.fromkeys(_owner(name) for name in run))
-        label = owners[0] if len(owners) == 1 else f"{owners[0]} .. {owners[-1]}"
-        labels.update(dict.fromkeys(run, label or "(root)"))
+        labels.update(dict.fromkeys(run, label_of(run)))
         run.clear()
 
     for name in names:
@@ -199,6 +217,13 @@ def block_of_each(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
     if run:
         close()
     return labels
+
+
+def label_of(names: Sequence[str]) -> str:
+    """What a run of parameters is called: by the modules that the first and the last come from."""
+    owners = list(dict.fromkeys(_owner(name) for name in names))
+    label = owners[0] if len(owners) == 1 else f"{owners[0]} .. {owners[-1]}"
+    return label or "(root)"
 
 
 def repeated_blocks(model: nn.Module) -> Iterator[str]:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from zerograph import pipeline
+from zerograph.bucketing import limits_of
 from zerograph.client import Client, Given, client_of
 from zerograph.collectives import Algorithm, algorithm_for
 from zerograph.config import ZeroConfig, load_config
@@ -146,13 +147,14 @@ def passes_for(
     across = arriving == default_arriving(
         graph
     )  # another backward runs behind the default's forward
+    overlaps = zero.overlap_comm is not False
     weighted = config.compile.weighted_accumulation
     return [
         Normalize(recast=zero.stage == 3),
         Specialize(arriving),
         Scale(),
-        Shard(zero.stage),
-        Gather(zero.stage3_max_reuse_distance, max_live, across),
+        Shard(zero.stage, limits_of(config)),
+        Gather(zero.stage3_max_reuse_distance, max_live, across, config.compile.gathered_budget),
         Release(),
         Reduce(1.0 if weighted else 1 / config.batch(graph.world).accumulation, average),
         InPlace(),
@@ -164,8 +166,14 @@ def passes_for(
             max_norm=config.gradient_clipping,
             weighted=weighted,
             measures=spec.measures if spec else False,
+            overlaps=overlaps,
         ),
-        Schedule(prefetch=zero.stage3_prefetch_bucket_size, max_live=max_live, across=across),
+        Schedule(
+            prefetch=zero.stage3_prefetch_bucket_size if overlaps else 0,
+            max_live=max_live,
+            in_flight=2 if overlaps else 1,
+            across=across,
+        ),
     ]
 
 

@@ -135,9 +135,10 @@ class HybridEngine(Section):
 
 
 class Compile(Section):
-    """DeepCompile, and zerograph's own options of the step (`weighted_accumulation`)."""
+    """DeepCompile, and zerograph's own options of the step (`weighted_accumulation`, `gathered_budget`)."""
 
     weighted_accumulation: bool = False
+    gathered_budget: Count | None = None
     deepcompile: bool = False
     free_activation: bool = False
     free_activation_threshold: Count = 10_485_760

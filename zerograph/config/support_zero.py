@@ -4,26 +4,25 @@ from zerograph.config.row import OFF, advises, built, dormant, refused, under
 
 _ZERO = "zero_optimization"
 _PLACED = "zero_optimization.offload_"
-_SIZED = "buckets follow the model's blocks, not a number of elements"
 _SCHEDULED = "communication is scheduled by the graph"
-_PERSISTENT = "every parameter is sharded, small ones too, in the bucket of its block"
 _IN_GRAPH = "parameters are fetched by the graph, without module hooks"
 
 ZERO_ROWS = (
     *built(under(_ZERO, "stage stage3_prefetch_bucket_size stage3_max_live_parameters")),
-    *built(under(_ZERO, "stage3_max_reuse_distance")),
-    *advises(under(_ZERO, "overlap_comm round_robin_gradients"), _SCHEDULED),
-    *advises(under(_ZERO, "reduce_bucket_size allgather_bucket_size sub_group_size"), _SIZED),
+    *built(under(_ZERO, "stage3_max_reuse_distance overlap_comm")),
+    *built(under(_ZERO, "reduce_bucket_size allgather_bucket_size")),
+    *built(under(_ZERO, "stage3_param_persistence_threshold stage3_model_persistence_threshold")),
+    *advises(under(_ZERO, "round_robin_gradients"), _SCHEDULED),
+    *advises(
+        under(_ZERO, "sub_group_size"),
+        "the optimizer updates one bucket after the other, so there is no other group to size",
+    ),
     *advises(
         under(_ZERO, "reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions"),
         "the stage alone decides which collectives are used",
     ),
     *advises(
         under(_ZERO, "contiguous_gradients"), "gradients are always written into flat buckets"
-    ),
-    *advises(
-        under(_ZERO, "stage3_param_persistence_threshold stage3_model_persistence_threshold"),
-        _PERSISTENT,
     ),
     *advises(
         under(

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from zerograph.config.base import Count, Fraction, Free, Integer, Names, Section, whole
+from zerograph.config.base import Count, Fraction, Free, Integer, Names, Positive, Section, whole
 
 Device = Literal["none", "cpu", "nvme"]
 Stage = Annotated[int, BeforeValidator(whole), Field(ge=0, le=3)]
@@ -87,10 +87,10 @@ class ZeroOptimization(Section):
     stage: Stage = 0
     contiguous_gradients: bool = True
     reduce_scatter: bool = True
-    reduce_bucket_size: Count = 500_000_000
+    reduce_bucket_size: Positive = 500_000_000
     use_multi_rank_bucket_allreduce: bool = True
     allgather_partitions: bool = True
-    allgather_bucket_size: Count = 500_000_000
+    allgather_bucket_size: Positive = 500_000_000
     overlap_comm: bool | None = None
     load_from_fp32_weights: bool = True
     elastic_checkpoint: bool = False

@@ -140,29 +140,34 @@ def memory_of(graph: TrainGraph) -> Memory:
     """The memory of a rank that runs `graph`."""
     held: dict[str, int] = defaultdict(int)
     for node in graph.placeholders():
-        held[role_of(node).kind] += nbytes(node)
+        role = role_of(node)
+        if role.kind != "shard" or graph.layout.buckets[role.name].sliced(graph.stage):
+            held[role.kind] += nbytes(node)  # another slice is a part of the full bucket
     nodes = graph.nodes()
     stored = Lifetimes.read(graph, nodes).found
     return Memory(
-        parameters=held["full"] + (held["shard"] if graph.stage == 3 else 0) + _unread(graph),
+        parameters=held["full"] + held["shard"] + _unread(graph),
         gradients=held["kept"],
         optimizer=held["master"] + held["state"],
         buffers=held["buffer"] + held["constant"],
         saved=sum(s.nbytes for s in stored if s.saved),
         padding=_padding(graph),
-        gathered_elements=_peak_gathered(nodes),
+        gathered_elements=_peak_gathered(nodes, graph.resident),
         stored=tuple(stored),
         places=tuple((region_of(node), module_of(node)) for node in nodes),
     )
 
 
 def peak_gathered(graph: TrainGraph) -> int:
-    """Most gathered elements alive at once, from the start of a gather to its release."""
-    return _peak_gathered(graph.nodes())
+    """Most gathered elements alive at once, from the start of a gather to its release.
+
+    Persistent buckets (stage 3) are among them throughout.
+    """
+    return _peak_gathered(graph.nodes(), graph.resident)
 
 
-def _peak_gathered(nodes: list[fx.Node]) -> int:
-    elements: int = sum(node.meta["val"].numel() for node in nodes if is_ahead(node))
+def _peak_gathered(nodes: list[fx.Node], resident: int) -> int:
+    elements: int = resident + sum(node.meta["val"].numel() for node in nodes if is_ahead(node))
     peak = elements
     for node in nodes:
         if is_call(node, ops.gather, ops.gather_ahead) and not is_ahead(node):
@@ -178,14 +183,18 @@ def _unread(graph: TrainGraph) -> int:
     present = {
         role_of(n).name for n in graph.placeholders() if role_of(n).kind in ("full", "shard")
     }
-    share = graph.world if graph.stage == 3 else 1
-    return sum(b.nbytes // share for b in graph.layout.buckets.values() if b.name not in present)
+    missing = [b for b in graph.layout.buckets.values() if b.name not in present]
+    shares = [graph.world if b.sliced(graph.stage) else 1 for b in missing]
+    return sum(b.nbytes // share for b, share in zip(missing, shares))
 
 
 def _padding(graph: TrainGraph) -> int:
-    share = graph.world if graph.stage == 3 else 1
-    total = 0
+    whole = sliced = 0
     for bucket in graph.layout.buckets.values():
         used = sum(p.numel for p in graph.layout.bucket_params(bucket.name))
-        total += (bucket.numel - used) * bucket.dtype.itemsize
-    return total // share
+        padding = (bucket.numel - used) * bucket.dtype.itemsize
+        if bucket.sliced(graph.stage):
+            sliced += padding
+        else:
+            whole += padding
+    return whole + sliced // graph.world

@@ -11,12 +11,22 @@ those of the forward and of the backward in one line: at a distance of 0, those 
 them. Beyond it, or where keeping the bucket would have more than `max_live` gathered elements alive, it is
 gathered again: buckets whose uses are nearest are kept first, since all save the same bytes per byte kept,
 and those are kept for the shortest time. Gathers are placed just in time; `schedule` starts them earlier.
-ZeRO, arXiv:1910.02054 section 7.2.2.
+ZeRO, arXiv:1910.02054 section 7.2.2. Persistent buckets are never gathered: they count as alive throughout.
+
+With a `budget` bytes decide, not the distance, what is kept from the forward to the backward. All that is
+kept is alive at the turn between them, where activations are at their peak as well: so the bytes kept are
+what keeping costs, whichever bucket they are of, and each byte kept saves the gathering of one. The best
+choice is then the one that fills the budget best, a subset sum, which is solved exactly (in parts of a
+millionth of the budget, rounded up, where sizes have no larger common divisor). Of equal sums the nearest
+buckets' is taken, which are held for the shortest time. A bucket with no other between its uses is kept in
+any case and not counted: to gather it again would free it for no operator of another block. Nor is what
+`schedule` starts early for the backward, which its own bounds limit.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from math import gcd
 from typing import ClassVar, cast
 
 from torch import fx
@@ -33,6 +43,8 @@ class Gather:
     """Gathered elements that may be alive at once."""
     across: bool = True
     """Whether a bucket may be kept from the forward to the backward."""
+    budget: int | None = None
+    """Bytes of buckets that may be so kept, whatever the distance; None for what the distance says."""
 
     name: ClassVar[str] = "gather"
     requires: ClassVar[frozenset[str]] = frozenset({"sharded"})
@@ -42,7 +54,7 @@ class Gather:
         if graph.stage < 3:
             return "every rank holds the full buckets"
         runs = self._runs(graph)
-        kept = _affordable(graph, runs, self.max_live) if self.across else ()
+        kept = self._kept(graph, runs) if self.across else set()
         count = 0
         for run in runs:
             for views in [run.views] if run in kept else run.by_region():
@@ -50,6 +62,16 @@ class Gather:
                 count += 1
         said = f", {len(kept)} buckets kept for the backward" if kept else ""
         return f"{count} gathers{said}"
+
+    def _kept(self, graph: TrainGraph, runs: list["_Run"]) -> set["_Run"]:
+        """The runs that one gather serves over the turn from forward to backward."""
+        kept = _affordable(graph, runs, self.max_live)
+        if self.budget is None:
+            return kept
+        counted = sorted((run for run in kept if run.distance), key=lambda run: run.distance)
+        sizes = [graph.layout.buckets[run.bucket].nbytes for run in counted]
+        chosen = best_within(sizes, self.budget)
+        return kept - {run for run, taken in zip(counted, chosen) if not taken}
 
     def _runs(self, graph: TrainGraph) -> list["_Run"]:
         """Views of one bucket that one gather may serve, in order of the first of each run."""
@@ -59,7 +81,10 @@ class Gather:
         for view, name in _by_use(graph):
             run = last.get(name)
             between = passed - run.passed if run is not None else 0
-            if run is None or between > self.max_reuse_distance:
+            far = between > self.max_reuse_distance
+            if run is not None and self.budget is not None:
+                far = far and region_of(run.views[-1]) == region_of(view)
+            if run is None or far:
                 run = last[name] = _Run(name)
                 found.append(run)
             elif run.views and region_of(run.views[-1]) != region_of(view):
@@ -102,13 +127,38 @@ def _affordable(graph: TrainGraph, runs: list[_Run], max_live: int) -> set[_Run]
     size = {run: graph.layout.buckets[run.bucket].numel for run in runs}
     alive = [(*interval(views), size[run]) for run in runs for views in run.by_region()]
     kept: set[_Run] = set()
+    room = max_live - graph.resident
     crossing = [run for run in runs if run.crosses]
     for run in sorted(crossing, key=lambda run: (run.distance, -order[run.views[0]])):
         apart = [(*interval(views), size[run]) for views in run.by_region()]
         trial = [each for each in alive if each not in apart] + [(*interval(run.views), size[run])]
-        if _peak(trial) <= max_live:
+        if _peak(trial) <= room:
             alive, kept = trial, kept | {run}
     return kept
+
+
+_UNITS = 1 << 20
+"""The most parts that a budget is divided into."""
+
+
+def best_within(sizes: Sequence[int], budget: int) -> list[bool]:
+    """Which of `sizes`, by preference, to take so that their sum is largest within `budget`.
+
+    Of the sets with that sum it is the one with the first that can be had, then the second, and so on. Sums
+    are exact if the greatest common divisor of the sizes is at least a millionth of the budget; otherwise a
+    size is rounded up to such parts, and a set that leaves less of the budget than a part for each size may
+    be missed. Time and memory: len(sizes) times 2**20 bits.
+    """
+    unit = max(gcd(*sizes), -(-budget // _UNITS), 1)
+    parts, whole = [-(-size // unit) for size in sizes], budget // unit
+    sums = [1]  # bit s of sums[i]: whether some of the last i sizes add up to s
+    for part in reversed(parts):
+        sums.append((sums[-1] | sums[-1] << part) & ((2 << whole) - 1))
+    left, taken = sums[-1].bit_length() - 1, []
+    for part, rest in zip(parts, sums[-2::-1]):
+        taken.append(part <= left and bool(rest >> (left - part) & 1))
+        left -= part * taken[-1]
+    return taken
 
 
 def _peak(intervals: Iterable[tuple[int, int, int]]) -> int:
@@ -121,15 +171,19 @@ def _peak(intervals: Iterable[tuple[int, int, int]]) -> int:
 
 
 def _by_use(graph: TrainGraph) -> list[tuple[fx.Node, str]]:
-    """(view, bucket) of each use of a parameter in the order of use.
+    """(view, bucket) of each use of a parameter that is gathered, in the order of use.
 
     A parameter that is used far apart (a tied one) is split into one view a use here, so that the runs can
     fall between its uses.
     """
-    for view in [n for n in graph.nodes() if is_call(n, ops.param)]:
+    for view in _views_of_slices(graph):
         _one_view_per_use(graph, view)
-    found = [n for n in graph.nodes() if is_call(n, ops.param)]
-    return [(n, role_of(cast(fx.Node, n.args[0])).name) for n in found]
+    return [(n, role_of(cast(fx.Node, n.args[0])).name) for n in _views_of_slices(graph)]
+
+
+def _views_of_slices(graph: TrainGraph) -> list[fx.Node]:
+    views = [n for n in graph.nodes() if is_call(n, ops.param)]
+    return [n for n in views if role_of(cast(fx.Node, n.args[0])).kind == "shard"]
 
 
 def _one_view_per_use(graph: TrainGraph, view: fx.Node) -> None:

@@ -93,15 +93,26 @@ class Reduce:
 
 
 def means(
-    graph: TrainGraph, insert: Inserter, average: Average, kept: Mapping[Bucket, fx.Node]
+    graph: TrainGraph,
+    insert: Inserter,
+    average: Average,
+    kept: Mapping[Bucket, fx.Node],
+    overlaps: bool = True,
 ) -> dict[Bucket, fx.Node]:
-    """In the step, each bucket's mean gradient: of the whole at stage 0, else of this rank's slice."""
+    """In the step, each bucket's mean gradient: of the whole at stage 0, else of this rank's slice.
+
+    All are started before the first is waited for, unless nothing `overlaps`.
+    """
     if graph.reduces_early:
         return dict(kept)
     started = {}
     for bucket, node in kept.items():
         sent = _cast(insert, node, graph.precision.reduce(bucket.dtype))
         started[bucket] = _start(graph, insert, average, bucket, sent)
+        if not overlaps:
+            started[bucket] = insert(ops.wait, started[bucket])
+    if not overlaps:
+        return started
     return {bucket: insert(ops.wait, node) for bucket, node in started.items()}
 
 
@@ -129,7 +140,7 @@ def _in_layout_order(graph: TrainGraph) -> bool:
 
 def _fill(graph: TrainGraph, bucket: Bucket, grads: dict[str, fx.Node]) -> fx.Node:
     """A buffer with the bucket's gradients, each put there as soon as it exists."""
-    storage = graph.placeholder("shard" if graph.stage == 3 else "full", bucket.name)
+    storage = graph.placeholder("shard" if bucket.sliced(graph.stage) else "full", bucket.name)
     dtype = graph.precision.reduce(bucket.dtype)
     first = next(iter(grads.values()), None)
     none = graph.first("backward") if _in_layout_order(graph) else graph.end("backward")

@@ -96,7 +96,7 @@ class _Line:
         ends = [next(u for u in wait.users if is_call(u, ops.release)) for wait in waits]
         released = [sum(wait < end for wait in waits) for end in ends]
         slots = list(range(len(gathers)))
-        return cls(options, graph, gathers, _live_at_slots(nodes), released, slots)
+        return cls(options, graph, gathers, _live_at_slots(graph), released, slots)
 
     def prefetch(self) -> int:
         """Move gathers earlier, in order, none further than the one before it; answers how many."""
@@ -133,7 +133,8 @@ class _Line:
         count = 0
         for index, total in enumerate(accumulate(map(_numel, forward))):
             beyond = index > self.options.reach or total > self.options.prefetch
-            if beyond or total > self.options.max_live or buckets[index] in buckets[:index]:
+            alive = total + self.graph.resident
+            if beyond or alive > self.options.max_live or buckets[index] in buckets[:index]:
                 break
             if self.slots[index] > 0:
                 break
@@ -177,11 +178,11 @@ def _numel(gather: fx.Node) -> int:
     return int(gather.meta["val"].numel())
 
 
-def _live_at_slots(nodes: list[fx.Node]) -> list[int]:
+def _live_at_slots(graph: TrainGraph) -> list[int]:
     """Gathered elements alive at each gather's wait, all gathers being just in time."""
-    alive: int = 0
+    alive = graph.resident
     at_wait: list[int] = []
-    for node in nodes:
+    for node in graph.nodes():
         if is_call(node, ops.gather):
             alive += _numel(node)
             at_wait.append(alive)
@@ -192,16 +193,21 @@ def _live_at_slots(nodes: list[fx.Node]) -> list[int]:
 
 def _check_bound(graph: TrainGraph, bound: int) -> None:
     """Gathered just in time, more must not be alive than allowed: nothing can be moved later."""
-    nodes = graph.nodes()
-    gathers = [n for n in nodes if is_call(n, ops.gather)]
-    live = _live_at_slots(nodes)
-    total, gather = max(
-        zip(live, gathers, strict=True), default=(0, None), key=lambda pair: pair[0]
+    gathers = [n for n in graph.nodes() if is_call(n, ops.gather)]
+    live = zip(_live_at_slots(graph), gathers, strict=True)
+    total, gather = max(live, default=(graph.resident, None), key=lambda pair: pair[0])
+    if total <= bound:
+        return
+    used, mends = "", [f"set it to at least {total:,}"]
+    if gather is not None:
+        bucket = graph.layout.buckets[bucket_of(gather)]
+        used = f" when bucket {bucket.name} ({bucket.block}, {bucket.numel:,} elements) is used"
+        if len(bucket.params) > 1:
+            mends.append("cut the block with a smaller zero_optimization.reduce_bucket_size")
+    if graph.resident:
+        persistent = f"persistent parameters are {graph.resident:,} of them"
+        mends.append(f"lower stage3_param_persistence_threshold ({persistent})")
+    raise PlanError(
+        f"zero_optimization.stage3_max_live_parameters is {bound:,}, but {total:,} gathered elements are "
+        f"alive{used}; {', or '.join(mends)}"
     )
-    if gather is not None and total > bound:
-        bucket = graph.layout.buckets[cast(str, gather.args[1])]
-        raise PlanError(
-            f"zero_optimization.stage3_max_live_parameters is {bound:,}, but {total:,} gathered "
-            f"elements are alive when bucket {bucket.name} ({bucket.block}, {bucket.numel:,} "
-            f"elements) is used; set it to at least {total:,}"
-        )

@@ -6,7 +6,8 @@
                                                  %0 = aten.mm(%x, %w)
 
 At stages 0 to 2 each rank holds the full bucket. At stage 3 (ZeRO's parameter partitioning,
-arXiv:1910.02054 section 5.3) it holds a slice, `%b0.shard`, and `gather` must follow.
+arXiv:1910.02054 section 5.3) it holds a slice, `%b0.shard`, and `gather` must follow, unless the bucket is
+persistent. From here on buckets are within the config's sizes (bucketing.py).
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import ClassVar
 from torch import fx
 
 from zerograph import ops
+from zerograph.bucketing import UNLIMITED, Limits, within
 from zerograph.ir import REGIONS, Region, TrainGraph, module_of, region_of, role_of
 from zerograph.layout import Bucket, Param
 
@@ -22,6 +24,7 @@ from zerograph.layout import Bucket, Param
 @dataclass(frozen=True)
 class Shard:
     stage: int
+    limits: Limits = UNLIMITED
 
     name: ClassVar[str] = "shard"
     requires: ClassVar[frozenset[str]] = frozenset({"specialized"})
@@ -29,17 +32,20 @@ class Shard:
 
     def apply(self, graph: TrainGraph) -> str:
         graph.stage = self.stage
+        graph.layout = within(graph.layout, self.limits)
         storages = {name: self._storage(graph, bucket) for name, bucket in _used(graph).items()}
         for node in graph.placeholders("param"):
             param = graph.layout.params[role_of(node).name]
             for region in REGIONS:
                 _view_in_region(graph, node, param, storages[param.bucket], region)
             graph.graph.erase_node(node)
-        return f"{len(graph.layout.params)} parameters in {len(graph.layout.buckets)} buckets"
+        kept = sum(bucket.persistent for bucket in graph.layout.buckets.values())
+        said = f"{len(graph.layout.params)} parameters in {len(graph.layout.buckets)} buckets"
+        return f"{said}, {kept} persistent" if kept else said
 
     def _storage(self, graph: TrainGraph, bucket: Bucket) -> fx.Node:
-        kind = "shard" if self.stage == 3 else "full"
-        numel = bucket.shard_numel if self.stage == 3 else bucket.numel
+        sliced = bucket.sliced(self.stage)
+        kind, numel = ("shard", bucket.shard_numel) if sliced else ("full", bucket.numel)
         device = graph.placeholders("param")[0].meta["val"].device
         return graph.add_placeholder(kind, bucket.name, graph.fake(numel, bucket.dtype, device))
 

@@ -10,7 +10,7 @@
       %norm = %finish[0]
       %control = %finish[1]                        # the factor of gradients
       zero.update %b0.shard, %b0.mean, .., control=%control   # in place on this rank's slice
-      %b0.new = zero.refresh %b0.full, %b0.shard   # stages 1 and 2: everyone's slices
+      %b0.new = zero.refresh %b0.full, %b0.shard   # stages 1 and 2, persistent buckets: everyone's slices
       zero.wait %b0.new
 
 The norm is at every stage the sum, in rank order, of one partial for each rank's slice; at stage 0, where
@@ -69,6 +69,8 @@ class Update:
     """Whether losses carry weights, whose sum over micro-batches and ranks is divided out."""
     measures: bool = False
     """Whether the rule needs norms of whole parameters."""
+    overlaps: bool = True
+    """Whether refreshes are waited for in the next forward, and not where they start."""
 
     name: ClassVar[str] = "update"
     requires: ClassVar[frozenset[str]] = frozenset({"reduced"})
@@ -76,7 +78,7 @@ class Update:
 
     def apply(self, graph: TrainGraph) -> str:
         kept = [n for g, n in zip(graph.gradients, graph.outputs("backward")) if g.kind == "kept"]
-        if self.rule and graph.stage in (1, 2):
+        if self.rule and self.overlaps:
             _wait_for_refreshes(graph)
         if not kept or not self.rule:
             return "no optimizer" if kept else "no gradients"
@@ -96,7 +98,7 @@ class _Step:
 
     def run(self, kept: Mapping[Bucket, fx.Node]) -> None:
         with self.graph.inserting(self.graph.output, "step") as insert:
-            grads = means(self.graph, insert, self.options.average, kept)
+            grads = means(self.graph, insert, self.options.average, kept, self.options.overlaps)
             norm, control = self._finish(insert, list(grads.values()))
             used = self._used(insert)
             hyper = self._hyper()
@@ -168,9 +170,11 @@ class _Step:
             master, state, low = slices[bucket]
             args = master, grads[bucket], state, low, hyper, used, control, bucket.name, rule
             insert(ops.update, *args, *([norms[bucket]] if norms else []))
-            if self.graph.stage in (1, 2):
+            if bucket.refreshed(self.graph.stage):
                 full = self.graph.placeholder("full", bucket.name)
                 insert(ops.refresh, full, self._own(bucket), bucket.name, self.graph.world)
+                if not self.options.overlaps:
+                    insert(ops.refreshed, full, bucket.name)
 
     def _totals(self, insert: Inserter, own: dict[Bucket, fx.Node]) -> dict[Bucket, fx.Node]:
         """Sums over all ranks' parts of each parameter. All ranks exchange, whatever parameters they used."""
@@ -215,8 +219,9 @@ class _Step:
 
 def _wait_for_refreshes(graph: TrainGraph) -> None:
     """Read a trained bucket only once the others' slices are there, which the step before has asked for."""
-    graph.notes["refreshes"] = True
-    trained = {bucket.name for bucket in graph.layout.trainable_buckets()}
+    trained = {b.name for b in graph.layout.buckets.values() if b.refreshed(graph.stage)}
+    if trained:
+        graph.notes["refreshes"] = True
     waited: dict[str, fx.Node] = {}
     for node in graph.nodes():
         bucket = (

@@ -1,4 +1,4 @@
-"""What a step starts for the next one: gathers at stage 3, refreshes at stages 1 and 2.
+"""What a step starts for the next one: gathers at stage 3, refreshes where ranks hold full buckets.
 
     step      zero.gather_ahead b0   ->  ahead.begin(shard, "b0")
     forward   zero.gather b0 ahead   ->  ahead.take(shard, "b0")       that one, or a new one

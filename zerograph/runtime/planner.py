@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from zerograph.bucketing import limits_of, within
 from zerograph.client import Client, Given, client_of
 from zerograph.config import ZeroConfig
 from zerograph.errors import PlanError
@@ -67,7 +68,8 @@ class Planner:
         `trained` are parameters that keep a place for gradients although they may be frozen now. Raises
         PlanError for the model or its groups, AgreementError if ranks differ.
         """
-        layout = layout_of(self.module, self.world.size, self.precision, self.param_groups, trained)
+        blocks = layout_of(self.module, self.world.size, self.precision, self.param_groups, trained)
+        layout = within(blocks, limits_of(self.config))
         spec = optimizer_of(self.config, layout, self.client)
         what = f"the layout of {type(self.module).__name__}"
         self.agreement.agree(what, self._lines(layout, spec))
@@ -125,6 +127,7 @@ class Planner:
             f"clipping {config.gradient_clipping}, optimizer {spec.rule.name if spec else 'none'}"
         ]
         for bucket in layout.buckets.values():
+            lines += [f"{bucket.name} is persistent"] if bucket.persistent else []
             for param in layout.bucket_params(bucket.name):
                 shape = list(param.shape)
                 line = f"{bucket.name} {param.name} {short(param.dtype)} {shape}"

@@ -8,7 +8,8 @@ Per bucket, by stage:
     stage 2    full (shard = a view of it)    shard              shard
     stage 3    shard                          shard              shard
 
-In fp32 the master is the parameter's own storage. ZeRO, arXiv:1910.02054, figure 1.
+A bucket that is persistent lies at stage 3 as at stage 2 (layout.py). In fp32 the master is the parameter's
+own storage. ZeRO, arXiv:1910.02054, figure 1.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -195,7 +196,7 @@ class State:
     def store(self, bucket: Bucket, values: Tensor, states: tuple[str, ...]) -> Storage:
         """The storage of a bucket whose full `values` [numel] are given; states are zero."""
         low = values if values.dtype == bucket.dtype else values.to(bucket.dtype)
-        full = None if self.stage == 3 else low
+        full = None if bucket.sliced(self.stage) else low
         own = self.own(low)
         shard = own if full is not None else own.clone()
         storage = Storage(bucket, full, shard, None)

@@ -79,7 +79,7 @@ def _buckets(graph: TrainGraph) -> Iterator[str]:
     width = max((len(b.block) for b in buckets), default=0)
     for b in buckets:
         count = f"{len(b.params)} param{'s' * (len(b.params) != 1)}"
-        frozen = "" if b.trainable else "  frozen"
+        frozen = ("" if b.trainable else "  frozen") + ("  persistent" if b.persistent else "")
         yield (
             f"  {b.name:<4} {b.block:<{width}}  {count:<10} {short(b.dtype):<5}"
             f"{b.numel:>12} {b.shard_numel:>10}/rank{frozen}"

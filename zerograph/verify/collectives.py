@@ -29,11 +29,13 @@ def params_lie_in_their_bucket(graph: TrainGraph) -> Iterator[str]:
 
 
 def params_are_gathered(graph: TrainGraph) -> Iterator[str]:
-    """At stage 3 a parameter is a view of a waited gather."""
+    """At stage 3 a parameter is a view of a waited gather, unless it is persistent."""
     for node in graph.nodes():
-        if graph.stage < 3 or not is_call(node, ops.param):
+        if not is_call(node, ops.param):
             continue
-        full = cast(fx.Node, node.args[0])
+        full, param = cast(fx.Node, node.args[0]), graph.layout.params[cast(str, node.args[1])]
+        if not graph.layout.buckets[param.bucket].sliced(graph.stage):
+            continue
         if not is_call(full, ops.wait):
             what = "a pending gather" if is_call(full, ops.gather) else "a shard"
             yield f"{node.args[1]} in the {region_of(node)} is read from {what}"
@@ -107,16 +109,19 @@ def _joined(buckets: list[str | None]) -> str:
 
 
 def refreshes_are_waited_for(graph: TrainGraph) -> Iterator[str]:
-    """At stages 1 and 2 a parameter that the step refreshes is read from a bucket that is waited for."""
+    """A parameter that the step refreshes is read from a bucket that is waited for, there or in the step."""
     refreshes = any(is_call(n, ops.refresh) for n in graph.nodes())
-    due = graph.stage in (1, 2) and (refreshes or graph.notes.get("refreshes", False))
+    due = refreshes or graph.notes.get("refreshes", False)
     waits = {bucket_of(n): n for n in reversed(graph.nodes()) if is_call(n, ops.refreshed)}
+    starts = {bucket_of(n): n for n in graph.nodes("step") if is_call(n, ops.refresh)}
     for node in graph.nodes():
         if not (due and is_call(node, ops.param)):
             continue
         param = graph.layout.params[cast(str, node.args[1])]
-        wait = waits.get(param.bucket)
-        if graph.layout.buckets[param.bucket].trainable and (wait is None or node < wait):
+        wait, bucket = waits.get(param.bucket), graph.layout.buckets[param.bucket]
+        start = starts.get(param.bucket)
+        at_once = wait is not None and start is not None and start < wait
+        if bucket.refreshed(graph.stage) and not at_once and (wait is None or node < wait):
             yield f"{param.name} in the {region_of(node)} is read before its refresh is waited for"
 
 

@@ -21,9 +21,10 @@ def updated_once(graph: TrainGraph) -> Iterator[str]:
     refreshes = {bucket_of(n): n for n in step if is_call(n, ops.refresh)}
     counts = Counter((n.target, bucket_of(n)) for n in graph.nodes())
     reduced = Counter(bucket_of(n) for n in step if is_call(n, ops.all_reduce, ops.reduce_scatter))
-    due_reductions, due_refreshes = int(not graph.reduces_early), int(graph.stage in (1, 2))
+    due_reductions = int(not graph.reduces_early)
+    refreshed = {b.name for b in graph.layout.buckets.values() if b.refreshed(graph.stage)}
     for bucket in dict.fromkeys([*trained, *updates, *refreshes]):
-        times = counts[ops.update, bucket]
+        due_refreshes, times = int(bucket in refreshed), counts[ops.update, bucket]
         if times != 1 or bucket not in trained or bucket not in updates:
             yield f"bucket {bucket} is updated {times} times in the step, not once"
         if reduced[bucket] != due_reductions:

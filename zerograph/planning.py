@@ -30,6 +30,7 @@ from zerograph.passes import (
     Shard,
     Specialize,
     Update,
+    UpdateInBackward,
 )
 from zerograph.passes.reduce import Average
 from zerograph.plan import Plan
@@ -147,6 +148,7 @@ def passes_for(
         graph
     )  # another backward runs behind the default's forward
     weighted = config.compile.weighted_accumulation
+    early = [UpdateInBackward()] if config.compile.update_in_backward else []
     return [
         Normalize(recast=zero.stage == 3),
         Specialize(arriving),
@@ -165,6 +167,7 @@ def passes_for(
             weighted=weighted,
             measures=spec.measures if spec else False,
         ),
+        *early,
         Schedule(prefetch=zero.stage3_prefetch_bucket_size, max_live=max_live, across=across),
     ]
 

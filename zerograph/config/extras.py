@@ -135,9 +135,10 @@ class HybridEngine(Section):
 
 
 class Compile(Section):
-    """DeepCompile, and zerograph's own options of the step (`weighted_accumulation`)."""
+    """DeepCompile, and zerograph's own options of the step, which come first."""
 
     weighted_accumulation: bool = False
+    update_in_backward: bool = False
     deepcompile: bool = False
     free_activation: bool = False
     free_activation_threshold: Count = 10_485_760

@@ -18,6 +18,8 @@ BOTH_WAYS = ("all_reduce", "any_rank", "sum_weights")
 PASSES = {1: 2, 2: 2, 3: 3}
 """How often a stage must send its share of all parameters: one reduction; one gather, or two."""
 FREED = "stage 3 freed"
+EARLY = ", updating in backward"
+"""Of a contestant with `compile.update_in_backward`."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,9 @@ LINK = (
     Bound(FREED, "bound", 1.08),
     Bound(FREED, "fully_shard", 0.45),
     Bound(FREED, "deepspeed freed", 0.50),
-    Bound("stage 1", "ddp", 0.80),
-    Bound("stage 2", "ddp", 0.80),
-    Bound("stage 3", "ddp", 0.80),
+    Bound(f"stage 1{EARLY}", "ddp", 0.80),
+    Bound(f"stage 2{EARLY}", "ddp", 0.80),
+    Bound(f"stage 3{EARLY}", "ddp", 0.80),
 )
 MEMORY = Bound(FREED, "fully_shard", 1.0)
 """Of the peaks of live storages."""

@@ -52,21 +52,27 @@ class Zerograph:
 
 
 def configs(options: argparse.Namespace) -> dict[str, Any]:
-    """Those of zerograph, by the contestant's name."""
+    """Those of zerograph, by the contestant's name; each as it is, and with updates in the backward."""
     dtype, zero = options.dtype, options.zero
     found = {f"stage {s}": config_of(s, dtype, zero if s == 3 else {}) for s in (1, 2, 3)}
     found[bounds.FREED] = config_of(3, dtype, zero | {"stage3_max_reuse_distance": 0})
-    return found
+    early = {"update_in_backward": True}
+    found |= {f"{name}{bounds.EARLY}": {**c, "compile": early} for name, c in found.items()}
+    return {name: config for name, config in found.items() if wanted(options, name)}
+
+
+def wanted(options: argparse.Namespace, name: str) -> bool:
+    """Whether a contestant takes part; "alone" and "ddp" always do."""
+    return name in ("alone", "ddp") or not options.only or name in options.only
 
 
 def contestants(options: argparse.Namespace) -> dict[str, Step]:
     """All that are compared, ready to step."""
     dtype = options.dtype
     away = deepspeed(options)
+    peers = {"alone": alone_step, "ddp": ddp_step, "fully_shard": fully_shard_step}
     steps: dict[str, Step] = {
-        "alone": alone_step(dtype),
-        "ddp": ddp_step(dtype),
-        "fully_shard": fully_shard_step(dtype),
+        **{name: make(dtype) for name, make in peers.items() if wanted(options, name)},
         **away,
         **{name: Zerograph(config) for name, config in configs(options).items()},
     }
@@ -77,11 +83,12 @@ def contestants(options: argparse.Namespace) -> dict[str, Step]:
 
 def deepspeed(options: argparse.Namespace) -> dict[str, Away]:
     """DeepSpeed ZeRO-3 with its default config and freed, being started; none where it is not installed."""
-    if not on_all_ranks(options.deepspeed):
+    sections = {"deepspeed": {}, "deepspeed freed": {"stage3_max_reuse_distance": 0}}
+    sections = {name: zero for name, zero in sections.items() if wanted(options, name)}
+    if sections and not on_all_ranks(options.deepspeed):
         if dist.get_rank() == 0:
             print("DeepSpeed is left out: say --deepspeed PYTHON (deepspeed_env.sh makes one)")
         return {}
-    sections = {"deepspeed": {}, "deepspeed freed": {"stage3_max_reuse_distance": 0}}
     found = {}
     for name, zero in sections.items():
         config = json.dumps(config_of(3, options.dtype, zero))

@@ -3,11 +3,13 @@
     python benchmarks/overlap.py [--rounds 9] [--ranks 2] [--dtype bf16] [--json FILE]
     python benchmarks/overlap.py --deepspeed DIR/bin/python      (deepspeed_env.sh makes DIR)
     benchmarks/link.sh 1gbit python benchmarks/overlap.py
+    python benchmarks/overlap.py --only "stage 2" "stage 2, updating in backward"
     python benchmarks/overlap.py --memory
 
 `contest.py` says how contestants take turns and what is compared, `peers.py` who the peers are,
 `bounds.py` what is held. Stages 1, 2 and 3 have the default config; "freed" is with
-`stage3_max_reuse_distance` 0: released after the forward and gathered again for the backward. "alone" is
+`stage3_max_reuse_distance` 0: released after the forward and gathered again for the backward; "updating in
+backward" is with `compile.update_in_backward`. "alone" is
 all ranks computing at once without communication. Exits 1 if a bound is not held, once it has printed all
 of them.
 """
@@ -153,6 +155,7 @@ def main() -> None:
         metavar="JSON",
         help="more keys for zerograph's stage 3",
     )
+    add("--only", nargs="+", metavar="NAME", help="these, with ddp and alone, instead of all")
     add("--memory", action="store_true", help="peak memory of a step instead of its time")
     add("--json", type=Path, metavar="FILE", help="write the results here")
     launch(run, parser.parse_args())

@@ -297,6 +297,13 @@ KNOBS = (
         {**zero(), "compile": {"gathered_budget": 512}},
     ),
     Knob(
+        "compile.update_in_backward",
+        "Each bucket is updated behind its reduction and the last use of its parameters, and its gradient is "
+        "freed; the step makes the norm of the sums of squares that are left.",
+        base(gradient_clipping=0.0),
+        base(gradient_clipping=0.0, compile={"update_in_backward": True}),
+    ),
+    Knob(
         "optimizer.type",
         "Another rule, with no state without momentum.",
         optimizer("AdamW"),

@@ -1,6 +1,7 @@
 """The config: defaults, what is refused and how it is said, batch arithmetic."""
 
 import json
+import re
 import subprocess
 import sys
 from collections import UserDict
@@ -253,10 +254,31 @@ def test_a_config_that_skipped_the_loader_is_checked_too() -> None:
             {"gradient_allreduce_op": "sum", "compile": {"weighted_accumulation": True}},
             "gives a weighted mean",
         ),
+        *(
+            ({"gradient_clipping": 0, "compile": {"update_in_backward": True}, **more}, says)
+            for says, more in {
+                "update_in_backward: gradient_clipping .* set it to 0": {"gradient_clipping": 0.5},
+                "update_in_backward: fp16.enabled .* use bf16": {"fp16": {"enabled": True}},
+                "update_in_backward: bf16.check_grad_overflow .* set it to false": {
+                    "bf16": {"enabled": True}
+                },
+                "update_in_backward: optimizer.type='Lamb' .* use AdamW": {
+                    "optimizer": {"type": "lamb"}
+                },
+                "update_in_backward: compile.weighted_accumulation": {
+                    "compile": {"update_in_backward": True, "weighted_accumulation": True}
+                },
+            }.items()
+        ),
     ],
 )
 def test_keys_that_exclude_each_other(config: dict[str, Any], says: str) -> None:
-    assert says in refusal(config)
+    assert re.search(says, refusal(config))
+
+
+def test_updates_in_the_backward_and_the_clipping_that_is_not_given() -> None:
+    found = refusal({"compile": {"update_in_backward": True}})
+    assert "gradient_clipping" in found and "it is 1.0 when it is not given" in found
 
 
 @pytest.mark.parametrize(

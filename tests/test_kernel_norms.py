@@ -81,3 +81,17 @@ def test_the_finish(call: Targets, target: str, limit: float, skips: bool) -> No
         assert torch.equal(norm.nan_to_num(-1), right.nan_to_num(-1))
         assert torch.equal(control[0].nan_to_num(-1), factor.nan_to_num(-1))
         assert control[1] == float(bool(right.isfinite()) or not skips)
+
+
+@EACH_TARGET
+@pytest.mark.parametrize("parts", [1, 4])
+def test_squares_of_each_gradient_make_the_same_norm(
+    call: Targets, target: str, parts: int
+) -> None:
+    grads = [values(4 * size, BF16) for size in (16, CHUNK + 48, 2 * CHUNK)]
+    squares = [call(target, "squares", grad, parts) for grad in grads]
+    assert [tuple(each.shape) for each in squares] == [
+        (parts, -(-g.numel() // parts // CHUNK)) for g in grads
+    ]
+    found = call(target, "sum_squares", squares, BF16)
+    assert torch.equal(found, call(target, "norm_partials", grads, parts))

@@ -977,7 +977,54 @@ def norms_of_some_ranks(graph: TrainGraph) -> None:
     set_arg(find(graph, ops.gather_norms), 1, 4)
 
 
+# Updates in the backward
+
+
+@fault(2, "param.* reads parameters of b3 behind the update of b3 in the backward", model="early")
+def parameter_read_behind_its_update(graph: TrainGraph) -> None:
+    view = find(graph, ops.param, "head.weight", "backward")
+    repeat(graph, view, graph.end("backward"))
+
+
+@fault(3, "bucket b1 is updated 1 times in the backward, not once", model="early")
+def update_left_in_the_step(graph: TrainGraph) -> None:
+    move(find(graph, ops.update, "b1"), graph.output, "step")
+
+
+@fault(1, "the update of b3 in the backward stands before sum_squares.*", model="early")
+def squares_behind_the_update(graph: TrainGraph) -> None:
+    update, squares = find(graph, ops.update, "b3"), find(graph, ops.squares, "b3")
+    move(squares, update.next)
+
+
+@fault(2, "sum_squares.* does not cover the gradients that are applied", model="early")
+def norm_without_a_buckets_squares(graph: TrainGraph) -> None:
+    node = find(graph, ops.sum_squares)
+    node.args = (node.args[0][1:],)
+
+
+@fault(
+    3,
+    "the gather_ahead of b2 in the backward stands before the update of its bucket",
+    model="early",
+)
+def gather_ahead_in_the_backward_before_its_update(graph: TrainGraph) -> None:
+    move(find(graph, ops.gather_ahead, "b2"), find(graph, ops.update, "b2"), "backward")
+
+
+@fault(1, "bucket b3 is refreshed before its update", model="early")
+def refresh_in_the_backward_before_its_update(graph: TrainGraph) -> None:
+    move(find(graph, ops.refresh, "b3"), find(graph, ops.update, "b3"))
+
+
 # The tests
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_good_plan_that_updates_in_the_backward_passes(stage: int) -> None:
+    graph, provided = good(stage, model="early")
+    assert graph.updates_in_backward
+    verify.verify(graph, provided, "nothing")
 
 
 @pytest.mark.parametrize("model", ["blocks", "batch_norm", "partly", "half", "lamb"])

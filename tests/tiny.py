@@ -111,10 +111,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "partly": Partly,
     "half": Blocks,
     "lamb": Blocks,
+    "early": Blocks,
 }
 GIVEN: dict[str, dict[str, Any]] = {
     "half": {"fp16": {"enabled": True}},
     "lamb": {"optimizer": {"type": "Lamb"}},
+    "early": {"gradient_clipping": 0.0, "compile": {"update_in_backward": True}},
 }
 """What the config of a model says beside `config(stage)`."""
 

@@ -103,7 +103,7 @@ class Engine:
         self._updates = Updates.of(config, self.state, self.optimizer)
         self._programs = Programs(type(model).__name__)
         self._plan: Plan | None = None
-        self._run = Runner(model, self.state, self._received)
+        self._run = Runner(model, self.state, self._updates, self._received)
         self._parameters = Parameters.of(model)
 
     # Training
@@ -111,6 +111,7 @@ class Engine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's forward; what comes back is what the model itself returns."""
         self.require_alive()
+        self._updates.require_open("a call of the engine")
         self._heed_parameters()
         tensors, rebuild = dissect((args, kwargs))
         placed = place(tensors, self.world.device, self.state.precision)
@@ -189,7 +190,11 @@ class Engine:
         return self._updates.applied
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients kept since the last update; the boundary of accumulation stays."""
+        """Drop the gradients kept since the last update; the boundary of accumulation stays.
+
+        Raises PlanError if the backward has applied them (`compile.update_in_backward`).
+        """
+        self._updates.require_open("engine.zero_grad()")
         self._updates.drop()
 
     def train(self, mode: bool = True) -> "Engine":
@@ -250,9 +255,14 @@ class Engine:
 
         It is what a step would reduce now, rounded as the step does, before clipping. Loss scale and weights
         are divided out, in the dtype that gradients are kept in. None for a parameter that received none
-        on this rank since the last update.
+        on this rank since the last update. Raises PlanError with `compile.update_in_backward`.
         """
         self.require_alive()
+        if self._updates.early:
+            raise PlanError(
+                "engine.gradients(): with compile.update_in_backward a backward applies each gradient and "
+                "frees it; leave the option out to read gradients"
+            )
         means = self._means.full()
         return values.gradients(self.state, means, self._updates.used, self._updates.divisor())
 

@@ -20,7 +20,8 @@ The graph has three regions, in this order: forward, backward, step. Its placeho
 
 and its output is a dict: "forward" (what the forward returns, then what it stores into buffers),
 "saved" (what the forward keeps for the backward, whichever gradients arrive), "backward" (gradients
-of parameters and inputs; after `reduce`, the kept gradients), "step" (the gradient norm).
+of parameters and inputs; after `reduce`, the kept gradients, or of those that the backward applies the
+sums of squares), "step" (the gradient norm).
 
 Facts about a node are written when it is inserted, in `node.meta`: `region`, `role`, `module`.
 """
@@ -68,7 +69,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Gradient:
-    """One entry of the "backward" outputs before `reduce`: of a "param" or an "input"."""
+    """One entry of the "backward" outputs: of a "param" or an "input".
+
+    After `reduce` parameters' are "kept", by bucket; where the backward updates, "squares".
+    """
 
     kind: str
     name: str
@@ -115,6 +119,11 @@ class TrainGraph:
         """Elements of buckets that stay gathered from step to step at stage 3."""
         buckets = self.layout.buckets.values()
         return sum(b.numel for b in buckets if self.stage == 3 and b.persistent)
+
+    @property
+    def updates_in_backward(self) -> bool:
+        """Whether the backward updates parameters, each bucket once it is reduced."""
+        return bool(self.notes.get("updates") == "backward")
 
     @property
     def device(self) -> torch.device:

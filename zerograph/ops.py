@@ -17,6 +17,8 @@ them into collectives and kernels. `world` is a number of ranks; no operator kno
     all_reduce      start `post * sum over ranks of (pre * buffer)`; each rank receives all of it
     accumulate      add, times a weight, to the gradients kept since the last step (if any yet)
     norm_partials   sums of squares of gradient slices, one for each of `parts` ranks' slices
+    squares         the sums of squares of one gradient that make these up, chunk by chunk
+    sum_squares     from those of all gradients the partials, with the bits of `norm_partials`
     gather_partials start an all-gather of the one partial that each rank has
     finish          from all ranks' partials, summed in rank order: the global 2-norm, and what controls the
                     updates (the factor of gradients, and whether they apply)
@@ -39,6 +41,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+
+from zerograph.codegen.spec import CHUNK
 
 _library = torch.library.Library("zero", "DEF")  # type: ignore[no-untyped-call]
 
@@ -120,6 +124,16 @@ def accumulate(kept: Tensor, grad: Tensor, bucket: str, weight: float) -> Tensor
 @_define("norm_partials(Tensor[] grads, int parts) -> Tensor")
 def norm_partials(grads: list[Tensor], parts: int) -> Tensor:
     return grads[0].new_empty(parts, dtype=torch.float64)
+
+
+@_define("squares(Tensor grad, str bucket, int parts) -> Tensor")
+def squares(grad: Tensor, bucket: str, parts: int) -> Tensor:
+    return grad.new_empty(parts, -(-grad.numel() // parts // CHUNK), dtype=torch.float64)
+
+
+@_define("sum_squares(Tensor[] squares) -> Tensor")
+def sum_squares(squares: list[Tensor]) -> Tensor:
+    return squares[0].new_empty(len(squares[0]), dtype=torch.float64)
 
 
 @_define("gather_partials(Tensor partial, int world) -> Tensor")

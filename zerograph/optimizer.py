@@ -40,7 +40,40 @@ class OptimizerSpec:
 def optimizer_of(
     config: ZeroConfig, layout: Layout, client: Client | None = None
 ) -> OptimizerSpec | None:
-    """The user's own optimizer, else the one that the config names; None without one."""
+    """The user's own optimizer, else the one that the config names; None without one.
+
+    Raises PlanError for options that the rule does not have, and with updates in the backward for what it
+    cannot do there.
+    """
+    spec = _spec_of(config, layout, client)
+    if config.compile.update_in_backward:
+        _require_early(spec, config.batch(layout.world).accumulation)
+    return spec
+
+
+def _require_early(spec: OptimizerSpec | None, accumulation: int) -> None:
+    """Raise PlanError unless each bucket can be updated in the backward, once it is reduced."""
+    key = "compile.update_in_backward"
+    if accumulation > 1:
+        raise PlanError(
+            f"{key}: gradient_accumulation_steps is {accumulation}, and a backward applies what it reduces; "
+            "set it to 1, or leave the option out"
+        )
+    if spec is None:
+        raise PlanError(
+            f"{key}: there is no optimizer to apply; give the config an `optimizer` section or "
+            "compile(optimizer=...), or leave the option out"
+        )
+    if spec.measures or not isinstance(spec.rule, Described):
+        raise PlanError(
+            f"{key}: {spec.rule.name} is no rule that is applied bucket by bucket; use Adam, AdamW, SGD, "
+            "Adagrad or Lion, or leave the option out"
+        )
+
+
+def _spec_of(
+    config: ZeroConfig, layout: Layout, client: Client | None = None
+) -> OptimizerSpec | None:
     if client is not None:
         return OptimizerSpec(client.kind, layout.groups)
     if config.optimizer is None:

@@ -33,8 +33,8 @@ from zerograph.countable import Countable
 from zerograph.describe import describe
 from zerograph.document import Document
 from zerograph.errors import PlanError, suggestion
-from zerograph.ir import Region, TrainGraph, is_ahead, is_call
-from zerograph.ops import COLLECTIVES
+from zerograph.ir import Region, TrainGraph, is_ahead, is_call, region_of
+from zerograph.ops import COLLECTIVES, gather_ahead
 from zerograph.optimizer import OptimizerSpec
 from zerograph.passes.lower import Lower, Program
 from zerograph.pipeline import History
@@ -124,10 +124,11 @@ class Plan(Countable):
         """The ordered collectives, one line each: what all ranks must agree on."""
         lines = []
         for node in self.graph.nodes():
-            if is_call(node, *COLLECTIVES):
+            early = is_call(node, gather_ahead) and region_of(node) == "backward"
+            if early or is_call(node, *COLLECTIVES):
                 bucket = next((a for a in node.args if isinstance(a, str)), "-")
                 value = node.meta["val"]
-                kind = f"{node.meta['region']} {name_of(node)} {bucket}"
+                kind = f"{region_of(node)} {name_of(node)} {bucket}"
                 ahead = " ahead" if is_ahead(node) else ""
                 lines.append(f"{kind} {collective_bytes(node)} bytes {short(value.dtype)}{ahead}")
         return lines

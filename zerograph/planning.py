@@ -31,6 +31,7 @@ from zerograph.passes import (
     Shard,
     Specialize,
     Update,
+    UpdateInBackward,
 )
 from zerograph.passes.reduce import Average
 from zerograph.plan import Plan
@@ -149,6 +150,7 @@ def passes_for(
     )  # another backward runs behind the default's forward
     overlaps = zero.overlap_comm is not False
     weighted = config.compile.weighted_accumulation
+    early = [UpdateInBackward()] if config.compile.update_in_backward else []
     return [
         Normalize(recast=zero.stage == 3),
         Specialize(arriving),
@@ -168,6 +170,7 @@ def passes_for(
             measures=spec.measures if spec else False,
             overlaps=overlaps,
         ),
+        *early,
         Schedule(
             prefetch=zero.stage3_prefetch_bucket_size if overlaps else 0,
             max_live=max_live,

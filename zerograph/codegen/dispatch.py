@@ -3,6 +3,7 @@
     update(rule, groups, runs, master, grad, states, low, control)     in place, one launch a variant
     measure(..), apply(..)                                             updates with norms of parameters
     norm_partials(grads, parts)  ->  float64 [parts]
+    squares(grad, parts), sum_squares(squares)     the same in two steps, the first for each gradient
     finish(partials, divided, max_norm, skips)  ->  norm float64 [], control fp32 [2]
     pack(grad, bucket, offset, scale)     unpack(bucket, offset, out, scale)
 
@@ -21,7 +22,17 @@ from zerograph.codegen.spec import CHUNK, LANES, Copy, Finish, Norm
 from zerograph.codegen.targets import Target, call, native, target_of
 from zerograph.codegen.updates import apply, measure, update
 
-__all__ = ["apply", "finish", "measure", "norm_partials", "pack", "unpack", "update"]
+__all__ = [
+    "apply",
+    "finish",
+    "measure",
+    "norm_partials",
+    "pack",
+    "squares",
+    "sum_squares",
+    "unpack",
+    "update",
+]
 
 # Norms
 
@@ -32,25 +43,55 @@ def norm_partials(grads: Sequence[Tensor], parts: int, target: Target | None = N
     The result depends on a slice's contents alone: it has the same bits whether a rank has one slice
     or all of them.
     """
-    device = grads[0].device
-    target = target or target_of(device)
+    target = target or target_of(grads[0].device)
     sizes = [grad.numel() // parts for grad in grads]
     assert all(size * parts == grad.numel() for size, grad in zip(sizes, grads))
     counts = [-(-size // CHUNK) for size in sizes]
-    blocks = sum(counts)
     if target == "torch":
-        slices = [[plain.sums_of_squares(s) for s in grad.chunk(parts)] for grad in grads]
-        return torch.stack([torch.cat(own).sum() for own in zip(*slices)])
-    partials = torch.empty(parts, blocks, dtype=torch.float64, device=device)
-    totals = torch.empty(parts, dtype=torch.float64, device=device)
+        return _totals(target, grads[0].dtype, torch.cat([_plain(g, parts) for g in grads], 1))
+    partials = torch.empty(parts, sum(counts), dtype=torch.float64, device=grads[0].device)
     first = 0
     for grad, size, count in zip(grads, sizes, counts):
         _norm(target, Norm(grad.dtype), grad, partials, parts, size, first)
         first += count
+    return _totals(target, grads[0].dtype, partials)
+
+
+def squares(grad: Tensor, parts: int, target: Target | None = None) -> Tensor:
+    """Of one gradient the sums of which `norm_partials` is made, float64 [parts, chunks of a slice]."""
+    target = target or target_of(grad.device)
+    size = grad.numel() // parts
+    if target == "torch":
+        return _plain(grad, parts)
+    partials = torch.empty(parts, -(-size // CHUNK), dtype=torch.float64, device=grad.device)
+    _norm(target, Norm(grad.dtype), grad, partials, parts, size, 0)
+    return partials
+
+
+def sum_squares(
+    found: Sequence[Tensor], dtype: torch.dtype, target: Target | None = None
+) -> Tensor:
+    """The `norm_partials`, float64 [parts], of gradients of which `found` are the squares.
+
+    `dtype` is the first gradient's, whose kernel sums them.
+    """
+    return _totals(target or target_of(found[0].device), dtype, torch.cat(list(found), 1))
+
+
+def _plain(grad: Tensor, parts: int) -> Tensor:
+    return torch.stack([plain.sums_of_squares(own) for own in grad.chunk(parts)])
+
+
+def _totals(target: Target, dtype: torch.dtype, partials: Tensor) -> Tensor:
+    """The sum of each row of `partials`, float64 [parts, blocks]."""
+    parts, blocks = partials.shape
+    if target == "torch":
+        return torch.stack([row.sum() for row in partials])
+    totals = torch.empty(parts, dtype=torch.float64, device=partials.device)
     if target == "cpp":
-        call(native(Norm(grads[0].dtype), "_total"), parts, blocks, partials, totals)
+        call(native(Norm(dtype), "_total"), parts, blocks, partials, totals)
     else:
-        total, settings = gpu.kernel(Norm(grads[0].dtype), "_total"), gpu.chosen("total", device)
+        total, settings = gpu.kernel(Norm(dtype), "_total"), gpu.chosen("total", partials.device)
         gpu.launch(total, (parts,), settings.warps, partials, totals, blocks, LANES=settings.block)
     return totals
 

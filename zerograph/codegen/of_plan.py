@@ -78,11 +78,12 @@ def _packs(graph: TrainGraph) -> Iterator[Launch]:
 
 def _launches(graph: TrainGraph, rule: Kind | None, groups: Groups) -> Iterator[Launch]:
     yield from _packs(graph)
-    updates = [node for node in graph.nodes("step") if is_call(node, ops.update)]
+    updates = [node for node in graph.nodes() if is_call(node, ops.update)]
     gradient_of = {node.args[1]: cast(str, node.args[7]) for node in updates}
-    for node in graph.nodes("step"):
-        if is_call(node, ops.norm_partials):
-            for grad in cast(list[fx.Node], node.args[0]):
+    for node in graph.nodes():
+        if is_call(node, ops.norm_partials, ops.squares):
+            given = node.args[0] if is_call(node, ops.norm_partials) else [node.args[0]]
+            for grad in cast(list[fx.Node], given):
                 value = grad.meta["val"]
                 serves = [(_called(graph, gradient_of[grad]), value.numel())]
                 yield Norm(value.dtype), serves

@@ -135,9 +135,10 @@ class HybridEngine(Section):
 
 
 class Compile(Section):
-    """DeepCompile, and zerograph's own options of the step (`weighted_accumulation`, `gathered_budget`)."""
+    """DeepCompile, and zerograph's own options of the step, which come first."""
 
     weighted_accumulation: bool = False
+    update_in_backward: bool = False
     gathered_budget: Count | None = None
     deepcompile: bool = False
     free_activation: bool = False

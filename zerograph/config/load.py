@@ -90,7 +90,30 @@ def _conflicts(config: ZeroConfig) -> list[str]:
         found.append(
             "compile.weighted_accumulation gives a weighted mean; leave gradient_allreduce_op out"
         )
-    return found
+    return found + _against_updates(config)
+
+
+def _against_updates(config: ZeroConfig) -> list[str]:
+    """What has to know all gradients before any is applied, with updates in the backward."""
+    if not config.compile.update_in_backward:
+        return []
+    clips, fp16 = config.gradient_clipping > 0, config.fp16.enabled
+    checks = config.bf16.enabled and config.bf16.check_grad_overflow
+    lamb = config.optimizer is not None and config.optimizer.type.lower() == "lamb"
+    reasons = {
+        "gradient_clipping needs the norm of all gradients first; set it to 0 (it is 1.0 when it is not "
+        "given)": clips,
+        "fp16.enabled skips a step whose gradients overflow; use bf16": fp16,
+        "bf16.check_grad_overflow skips a step whose gradients are not finite; set it to false": checks,
+        "compile.weighted_accumulation divides by a sum that the step knows; leave one of them out": (
+            config.compile.weighted_accumulation
+        ),
+        "zero_optimization.overlap_comm=false waits for everything where it starts; leave one of them out": (
+            config.zero_optimization.overlap_comm is False
+        ),
+        "optimizer.type='Lamb' needs norms of whole parameters, over ranks; use AdamW": lamb,
+    }
+    return [f"compile.update_in_backward: {why}" for why, found in reasons.items() if found]
 
 
 def _raise_any(found: list[str], name: str) -> None:

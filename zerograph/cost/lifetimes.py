@@ -157,7 +157,7 @@ class Lifetimes:
     def _category(self, node: fx.Node) -> str:
         if is_call(node, ops.gather, ops.gather_ahead):
             return "gathered"
-        reduces = is_call(node, ops.grad_buffer, ops.reduce_scatter, ops.accumulate)
+        reduces = is_call(node, ops.grad_buffer, ops.reduce_scatter, ops.accumulate, ops.squares)
         return "gradients" if reduces or region_of(node) == "step" else "activations"
 
     def _arrivals(self, index: int, node: fx.Node) -> None:

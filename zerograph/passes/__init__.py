@@ -10,6 +10,7 @@ from zerograph.passes.schedule import Schedule
 from zerograph.passes.shard import Shard
 from zerograph.passes.specialize import Specialize
 from zerograph.passes.update import Update
+from zerograph.passes.update_in_backward import UpdateInBackward
 
 __all__ = [
     "Gather",
@@ -22,4 +23,5 @@ __all__ = [
     "Shard",
     "Specialize",
     "Update",
+    "UpdateInBackward",
 ]

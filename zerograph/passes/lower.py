@@ -136,6 +136,8 @@ class Builder:
             return Role("saved", node.name) if kept else role
         if is_call(node, ops.accumulate):
             return Role("kept", cast(str, node.args[2]))
+        if is_call(node, ops.squares):
+            return Role("squares", bucket_of(node))
         return Role("saved", node.name)
 
     # Emitting

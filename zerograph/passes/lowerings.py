@@ -156,6 +156,17 @@ def _norm_partials(b: "Builder", node: fx.Node) -> fx.Node:
     return b.call(dispatch.norm_partials, *b.args(node))
 
 
+def _squares(b: "Builder", node: fx.Node) -> fx.Node:
+    grad, _, parts = b.args(node)
+    return b.call(dispatch.squares, grad, parts)
+
+
+def _sum_squares(b: "Builder", node: fx.Node) -> fx.Node:
+    first = cast(list[fx.Node], node.args[0])[0]
+    dtype = cast(fx.Node, first.args[0]).meta["val"].dtype
+    return b.call(dispatch.sum_squares, *b.args(node), dtype)
+
+
 def _gather_partials(b: "Builder", node: fx.Node) -> fx.Node:
     partial, _ = b.args(node)
     return _gathered(b, partial, node)
@@ -224,6 +235,8 @@ HANDLERS: dict[Any, Handler] = {
     ops.all_reduce: _all_reduce,
     ops.accumulate: _accumulate,
     ops.norm_partials: _norm_partials,
+    ops.squares: _squares,
+    ops.sum_squares: _sum_squares,
     ops.gather_partials: _gather_partials,
     ops.finish: _finish,
     ops.measure: _measure,

@@ -107,7 +107,7 @@ def means(
         return dict(kept)
     started = {}
     for bucket, node in kept.items():
-        sent = _cast(insert, node, graph.precision.reduce(bucket.dtype))
+        sent = cast_to(insert, node, graph.precision.reduce(bucket.dtype))
         started[bucket] = _start(graph, insert, average, bucket, sent)
         if not overlaps:
             started[bucket] = insert(ops.wait, started[bucket])
@@ -124,7 +124,8 @@ def _start(
     return insert(target, sent, bucket.name, *average.factors(graph.world), graph.world)
 
 
-def _cast(insert: Inserter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+def cast_to(insert: Inserter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """A value in `dtype`; itself if it is."""
     if node.meta["val"].dtype == dtype:
         return node
     return insert(torch.ops.aten._to_copy.default, node, dtype=dtype)

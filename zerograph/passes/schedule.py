@@ -11,11 +11,12 @@
         zero.update.adamw %b0.shard, ..            zero.update.adamw %b0.shard, ..
                                                    zero.gather_ahead b0
 
-A step is a ring: what the forward needs first, the step before it starts, right behind the update of the
-bucket. Forward and backward are one line: a gather of the backward may start in the forward. The places at
-which a gather may start are the waits of earlier gathers, and the step. It starts as early as it pays, that
-is with at most `reach` gathers behind the one that is waited for, which keeps a link busy; as fewer than
-`prefetch` elements are in flight beside that one; and as no more than `max_live` gathered elements are alive.
+A step is a ring: what the forward needs first, the step before it starts, behind the update of the
+bucket (ahead.py). Forward and backward are one line: a gather of the backward may start in the forward. The
+places at which a gather may start are the waits of earlier gathers, and the step. It starts as early as it
+pays, that is with at most `reach` gathers behind the one that is waited for, which keeps a link busy; as
+fewer than `prefetch` elements are in flight beside that one; and as no more than `max_live` gathered elements
+are alive.
 
 The wait of a reduction moves behind the start of the next `in_flight - 1` reductions, or to the end. The
 order of collectives follows from the graph alone.
@@ -30,6 +31,7 @@ from torch import fx
 from zerograph import ops
 from zerograph.errors import PlanError
 from zerograph.ir import TrainGraph, bucket_of, is_call, region_of
+from zerograph.passes.ahead import start_gathers, start_refreshes
 
 
 @dataclass(frozen=True)
@@ -53,24 +55,27 @@ class Schedule:
         _check_bound(graph, self.max_live)
         line = _Line.of(graph, self)
         moved, ahead = line.prefetch(), line.start_in_the_step()
+        start_refreshes(graph)
         sunk = self._sink(graph)
         said = f"{moved} gathers started early"
         said += f" and {ahead} in the step before" if ahead else ""
         return f"{said}, {sunk} reductions finished late"
 
     def _sink(self, graph: TrainGraph) -> int:
-        """Move each reduction's wait, and the accumulation behind it, later in the backward."""
+        """Move each reduction's wait, and what is done with its mean, later in the backward."""
         kinds = (ops.reduce_scatter, ops.all_reduce)
         starts = [n for n in graph.nodes("backward") if is_call(n, *kinds)]
         if self.in_flight < 2:
             return 0
+        behind = _behind_reductions(graph)
         for index, start in enumerate(starts):
-            wait = _wait_of(start)
-            accumulated = next(iter(wait.users))
             later = index + self.in_flight - 1
             place = starts[later].next if later < len(starts) else graph.end("backward")
-            place.prepend(wait)
-            place.prepend(accumulated)
+            wait = _wait_of(start)
+            done = behind[bucket_of(start)]
+            for node in (wait, *(user for user in wait.users if user not in done), *done):
+                if node < place:
+                    place.prepend(node)
         return len(starts)
 
 
@@ -93,7 +98,7 @@ class _Line:
         nodes = graph.nodes()
         gathers = [n for n in nodes if is_call(n, ops.gather)]
         waits = [_wait_of(gather) for gather in gathers]
-        ends = [next(u for u in wait.users if is_call(u, ops.release)) for wait in waits]
+        ends = [_release_of(gather) for gather in gathers]
         released = [sum(wait < end for wait in waits) for end in ends]
         slots = list(range(len(gathers)))
         return cls(options, graph, gathers, _live_at_slots(graph), released, slots)
@@ -112,31 +117,31 @@ class _Line:
         return sum(slot < index for index, slot in enumerate(self.slots))
 
     def start_in_the_step(self) -> int:
-        """Start the first gathers of the forward in the step; answers how many."""
-        updates = {bucket_of(n): n for n in self.graph.nodes("step") if is_call(n, ops.update)}
-        if not updates or not self.options.across:
+        """Start the first gathers of the forward in the step before; answers how many."""
+        updated = any(is_call(node, ops.update) for node in self.graph.nodes())
+        if not updated or not self.options.across:
             return 0
-        place = next(iter(updates.values()))
         count = self._count_ahead()
-        for gather in self.gathers[:count]:
-            shard, bucket, world = gather.args
-            gather.args = (shard, bucket, world, True)
-            place = max(place, updates.get(cast(str, bucket), place))
-            with self.graph.inserting(place.next, "step", gather.meta["module"]) as insert:
-                place = insert(ops.gather_ahead, shard, bucket, world)
+        start_gathers(self.graph, self.gathers[:count])
         return count
 
     def _count_ahead(self) -> int:
-        """How many gathers the step may start: what is then alive lasts into the forward's first slot."""
+        """How many gathers the step may start: what is then alive lasts into the forward's first slot.
+
+        Where the backward updates, the forward may take more, if all others are kept for the backward: that
+        holds them all in any case, and activations beside.
+        """
         forward = [g for g in self.gathers if region_of(_wait_of(g)) == "forward"]
+        others = forward[self.options.reach + 1 :]
+        further = self.graph.updates_in_backward and all(map(_is_kept, others))
         buckets = [bucket_of(gather) for gather in forward]
         count = 0
         for index, total in enumerate(accumulate(map(_numel, forward))):
-            beyond = index > self.options.reach or total > self.options.prefetch
             alive = total + self.graph.resident
-            if beyond or alive > self.options.max_live or buckets[index] in buckets[:index]:
+            beyond = not further and (index > self.options.reach or self.slots[index] > 0)
+            if beyond or total > self.options.prefetch or alive > self.options.max_live:
                 break
-            if self.slots[index] > 0:
+            if buckets[index] in buckets[:index]:
                 break
             count += 1
         return count
@@ -172,6 +177,25 @@ class _Line:
 
 def _wait_of(start: fx.Node) -> fx.Node:
     return next(user for user in start.users if is_call(user, ops.wait))
+
+
+def _release_of(gather: fx.Node) -> fx.Node:
+    return next(user for user in _wait_of(gather).users if is_call(user, ops.release))
+
+
+def _is_kept(gather: fx.Node) -> bool:
+    """Whether the forward keeps a bucket for the backward."""
+    return region_of(_release_of(gather)) == "backward"
+
+
+def _behind_reductions(graph: TrainGraph) -> dict[str, list[fx.Node]]:
+    """By bucket what is done in the backward with its mean gradient, and what an update starts, in order."""
+    kinds = (ops.accumulate, ops.squares, ops.update, ops.refresh, ops.gather_ahead)
+    found: dict[str, list[fx.Node]] = {name: [] for name in graph.layout.buckets}
+    for node in graph.nodes("backward"):
+        if is_call(node, *kinds):
+            found[bucket_of(node)].append(node)
+    return found
 
 
 def _numel(gather: fx.Node) -> int:

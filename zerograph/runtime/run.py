@@ -8,7 +8,7 @@ The backward program is made for the gradients that arrive, at the first backwar
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Protocol, cast
 from weakref import WeakSet
 
 import torch
@@ -60,12 +60,26 @@ def execute(program: Program, inputs: list[Any]) -> tuple[Any, ...]:
     return cast(tuple[Any, ...], program.module(inputs))
 
 
+class Applying(Protocol):
+    """What of an engine's updates a backward meets, which may be the one that applies them."""
+
+    def require_open(self, what: str) -> None:
+        """Raise PlanError if `what` may not come between the last backward and the step."""
+
+    def begin(self, plan: Plan) -> None:
+        """A backward of `plan` begins."""
+
+    def input(self, role: Role) -> Any:
+        """What is behind an input of a program that is the engine's own."""
+
+
 @dataclass
 class Runner:
     """Runs compiled calls on one engine's state."""
 
     module: nn.Module
     state: State
+    updates: "Applying"
     received: Callable[[Plan], None]
     """Told the plan of every backward that ran."""
     execute: Execute = execute
@@ -117,6 +131,7 @@ class Runner:
         """Run the backward for `gradients`; keeps the parameters', answers the inputs'."""
         order = [r.name for r in compiled.plan.graph.results if r.name in gradients]
         plan, program = compiled.backward(tuple(order))
+        self.updates.begin(plan)
         expected = {role_of(n).name: n.meta["val"] for n in plan.graph.placeholders("tangent")}
         gradients = {
             name: _as(g, plan.graph.sizes.evaluate(expected[name].stride(), sizes), expected[name])
@@ -125,7 +140,7 @@ class Runner:
         values: list[Any] = []
         for role in program.inputs:
             source = {"saved": saved, "tangent": gradients}.get(role.kind)
-            values.append(self.state.resolve(role) if source is None else source[role.name])
+            values.append(self.updates.input(role) if source is None else source[role.name])
         saved.clear()
         gradients.clear()
         returned = self.execute(program, values)
@@ -133,6 +148,8 @@ class Runner:
         for entry, value in zip(plan.graph.gradients, returned, strict=True):
             if entry.kind == "kept":
                 self.state.storages[entry.name].kept = value
+            elif entry.kind == "squares":
+                self.state.storages[entry.name].squares = value
             else:
                 answers[entry.name] = value
         self.received(plan)
@@ -220,6 +237,7 @@ class _Step(torch.autograd.Function):
                 "backward(create_graph=True) is not supported: the captured backward is not itself "
                 "differentiable; compute the first gradient with the original model"
             )
+        ctx.runner.updates.require_open("a second backward")
         if ctx.version != ctx.runner.state.version:
             raise PlanError(
                 "the parameters were changed (engine.step(), loading, gathered) between this forward and "

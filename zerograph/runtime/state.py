@@ -40,6 +40,8 @@ class Storage:
     states: dict[str, Tensor] = field(default_factory=dict)
     kept: Tensor | None = None
     """Gradients since the last step; None before the first backward."""
+    squares: Tensor | None = None
+    """Of the gradients that the backward since the last step has applied, their sums of squares."""
 
 
 @dataclass
@@ -160,7 +162,7 @@ class State:
 
     def drop_gradients(self) -> None:
         for storage in self.storages.values():
-            storage.kept = None
+            storage.kept = storage.squares = None
 
     def nbytes(self) -> dict[str, int]:
         """Live bytes on this rank: of parameters, gradients and optimizer, each storage once."""

@@ -1,5 +1,6 @@
 """From the first backward to the update: which parameters got gradients, what they weigh, the step.
 
+begin        a backward begins; with `compile.update_in_backward` the one that applies its gradients
 received     a backward ran: its parameters have gradients
 apply        the step program: reduce, norm, clip, optimizer; or a skip, and the loss scale follows
 """
@@ -15,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from zerograph.config import ZeroConfig
 from zerograph.errors import PlanError
+from zerograph.ir import Role
 from zerograph.passes.lower import Program
 from zerograph.plan import Plan
 from zerograph.runtime.deferred import Deferred
@@ -22,6 +24,7 @@ from zerograph.runtime.loss_scale import LossScaler, scaler_of
 from zerograph.runtime.lr_schedule import ConfigLR
 from zerograph.runtime.optimizer import ShardedOptimizer
 from zerograph.runtime.run import Execute, execute
+from zerograph.runtime.shown import require_hidden
 from zerograph.runtime.state import State
 
 _log = logging.getLogger("zerograph")
@@ -47,6 +50,8 @@ class Updates:
     chosen: tuple[Plan, Program] | None = None
     """The plan whose step region is run, and that region lowered."""
     execute: Execute = execute
+    _updating: Plan | None = None
+    """Of the backward that applies its gradients."""
     _unread: Deferred | None = None
     """The norm of the last update, until it is asked for or the next step begins."""
     _scheduler: LRScheduler | None = None
@@ -81,8 +86,14 @@ class Updates:
 
     @property
     def pending(self) -> bool:
-        """Whether gradients are kept for the next update."""
-        return any(storage.kept is not None for storage in self.state.storages.values())
+        """Whether gradients are kept for the next update, or applied for the next step."""
+        kept = ((s.kept, s.squares) for s in self.state.storages.values())
+        return any(each is not None for pair in kept for each in pair)
+
+    @property
+    def early(self) -> bool:
+        """Whether a backward applies its own gradients."""
+        return self.config.compile.update_in_backward
 
     # Before a step
 
@@ -94,9 +105,33 @@ class Updates:
         if self.chosen is None or (asks and not self.chosen[0].graph.unused):
             self.chosen = (plan, plan.program("step", self.state.world.group_name))
 
+    def require_open(self, what: str) -> None:
+        """Raise PlanError if the backward since the last step has applied its gradients already."""
+        if self.early and self.backwards:
+            raise PlanError(
+                f"{what} between a backward and engine.step(): with compile.update_in_backward the backward "
+                "has applied its gradients, and the step ends that; call engine.step() behind every "
+                "backward (sum the losses of several), or leave the option out"
+            )
+
+    def begin(self, plan: Plan) -> None:
+        """A backward of `plan` begins, which may be the one that updates."""
+        if self.early:
+            assert self.optimizer is not None
+            require_hidden(self.state, "a backward with compile.update_in_backward")
+            self.settle()
+            self.optimizer.begin()
+            self.state.ahead.settle()
+            self._updating = plan
+            self._use(plan)
+
     def received(self, plan: Plan) -> None:
         """A backward of `plan` has run."""
         self.backwards += 1
+        self.state.version += self.early
+        self._use(plan)
+
+    def _use(self, plan: Plan) -> None:
         trainable = (p.name for p in plan.graph.layout.params.values() if p.trainable)
         self.used.update(set(trainable) - set(plan.graph.unused))
 
@@ -145,7 +180,8 @@ class Updates:
         if self.chosen is None:
             raise PlanError("engine.step() before any forward with gradients; nothing to apply")
         for storage in self.state.storages.values():
-            if storage.kept is None and storage.bucket.trainable:
+            none = storage.kept is None and storage.squares is None
+            if none and storage.bucket.trainable:
                 raise PlanError("engine.step() before any backward since the last update")
         if self.config.compile.weighted_accumulation and len(self.weights) != self.backwards:
             raise PlanError(
@@ -165,9 +201,10 @@ class Updates:
         assert self.chosen is not None and self.optimizer is not None
         self.settle()
         program = self.chosen[1]
-        self.optimizer.begin()
-        self.state.ahead.settle()
-        inputs = [self._input(role.kind, role) for role in program.inputs]
+        if not self.early:
+            self.optimizer.begin()
+            self.state.ahead.settle()
+        inputs = [self.input(role) for role in program.inputs]
         self.drop()
         (norm,) = self.execute(program, inputs)
         self.count += 1
@@ -175,7 +212,7 @@ class Updates:
         lasting = scheduler is not None and not isinstance(scheduler, ConfigLR)
         if self._unread.known or self.scaler is not None or (self._skips and lasting):
             self._settle()
-        self.state.version += self._applied
+        self.state.version += self._applied and not self.early
         if scheduler is not None and self._applied:
             scheduler.step()
 
@@ -199,11 +236,12 @@ class Updates:
         """Whether a step program leaves everything as it is when the norm is not finite."""
         return self.state.precision.skips or self.config.compile.weighted_accumulation
 
-    def _input(self, kind: str, role: Any) -> Any:
+    def input(self, role: Role) -> Any:
+        """What is behind an input of a backward's or a step's program."""
         makers = {"used": self._flags, "weight": self._total_weight}
-        if kind == "hyper":
+        if role.kind == "hyper":
             return self.optimizer
-        return makers[kind]() if kind in makers else self.state.resolve(role)
+        return makers[role.kind]() if role.kind in makers else self.state.resolve(role)
 
     def _take_note(self) -> None:
         """Count a skip, and let the loss scale follow."""
@@ -231,6 +269,7 @@ class Updates:
         assert self.chosen is not None
         trainable = [p.name for p in self.state.layout.params.values() if p.trainable]
         flags = [name in self.used for name in trainable]
-        asked = self.chosen[0].graph.unused  # other ranks are asked, on the device
+        plan = self._updating or self.chosen[0]
+        asked = plan.graph.unused  # other ranks are asked, on the device
         device = self.state.world.device if asked else torch.device("cpu")
         return torch.tensor(flags, dtype=torch.uint8, device=device)

@@ -65,7 +65,7 @@ def _zero_name(node: fx.Node, names: Names) -> str:
         return f"%{node.args[1]}"
     if is_call(node, ops.finish):
         return "%finish"
-    if is_call(node, ops.norm_partials):
+    if is_call(node, ops.norm_partials, ops.sum_squares):
         return "%partial"
     if is_call(node, ops.gather_partials):
         return "%partials"
@@ -81,6 +81,7 @@ def _zero_name(node: fx.Node, names: Names) -> str:
         ops.reduce_scatter: ".mean",
         ops.all_reduce: ".mean",
         ops.accumulate: ".sum",
+        ops.squares: ".squares",
         ops.measure: ".norms",
         ops.sum_norms: ".totals",
         ops.refresh: ".full",

@@ -40,6 +40,7 @@ CHECKS: tuple[tuple[frozenset[str], Check], ...] = (
     (_HAS({"updated"}), step.updated_once),
     (_HAS({"updated"}), step.updates_agree),
     (_HAS({"updated"}), step.norm_covers_all),
+    (_HAS({"updated"}), step.updates_stand_behind_reads),
     (_HAS({"updated"}), norms.measured_once),
     (_HAS({"updated"}), norms.norms_are_whole),
     (_HAS({"updated"}), collectives.refreshes_are_waited_for),

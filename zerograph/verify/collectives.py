@@ -77,13 +77,16 @@ def _world_of(node: fx.Node) -> int:
 
 
 def the_step_starts_what_the_forward_takes(graph: TrainGraph) -> Iterator[str]:
-    """A gather with `ahead` has one start in the step, behind the update of its bucket.
+    """A gather with `ahead` has one start, in the region of the update of its bucket or later, behind it.
 
-    Both are in one order: what ranks agree on (`Plan.signature`) has the forward's.
+    Both are in one order in the step: what ranks agree on (`Plan.signature`) has the forward's.
     """
     takes = [bucket_of(n) for n in graph.nodes("forward") if is_ahead(n)]
-    starts = [bucket_of(n) for n in graph.nodes() if is_call(n, ops.gather_ahead)]
-    taken, started = Counter(takes), Counter(starts)
+    found = [n for n in graph.nodes() if is_call(n, ops.gather_ahead)]
+    taken, started = Counter(takes), Counter(map(bucket_of, found))
+    early = {bucket_of(n) for n in found if region_of(n) == "backward"}
+    starts = [bucket_of(n) for n in found if bucket_of(n) not in early]
+    takes = [bucket for bucket in takes if bucket not in early]
     if taken == started and takes != starts:
         yield f"the step starts {_joined(starts)}, which the forward takes as {_joined(takes)}"
     for bucket in dict.fromkeys([*taken, *started]):
@@ -92,13 +95,14 @@ def the_step_starts_what_the_forward_takes(graph: TrainGraph) -> Iterator[str]:
                 f"the forward takes {taken[bucket]} gathers of {bucket} that the step has started, and the "
                 f"step starts {started[bucket]}"
             )
-    updates = {bucket_of(n): n for n in graph.nodes("step") if is_call(n, ops.update)}
+    updates = {bucket_of(n): n for n in graph.nodes() if is_call(n, ops.update)}
+    due = ("backward", "step") if graph.updates_in_backward else ("step",)
     for node in graph.nodes():
         if is_ahead(node) and region_of(node) != "forward":
             yield f"{say(node)} is taken from the step before"
         if is_call(node, ops.gather_ahead):
             update = updates.get(bucket_of(node))
-            if region_of(node) != "step":
+            if region_of(node) not in due:
                 yield f"{say(node)} is for the next step"
             elif update is not None and node < update:
                 yield f"{say(node)} stands before the update of its bucket"

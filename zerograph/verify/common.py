@@ -22,6 +22,7 @@ _BUCKET_ARGUMENT = {
     ops.grad_buffer: 1,
     ops.reduce_scatter: 1,
     ops.all_reduce: 1,
+    ops.squares: 1,
     ops.accumulate: 2,
     ops.refresh: 2,
     ops.measure: 6,

@@ -72,6 +72,8 @@ def _chain(graph: TrainGraph, buffer: fx.Node, puts: Counter[str]) -> Iterator[s
             yield f"the buffer of {bucket} goes to {user.name} unreduced"
             return
         user = next(iter(next(iter(user.users), user).users), user)
+    if graph.updates_in_backward:
+        return  # `updates_agree` knows the rest
     if not is_call(user, ops.accumulate) or user.args[2] != bucket:
         yield f"the gradients of {bucket} are not accumulated but go to {user.name}"
 

@@ -1,4 +1,4 @@
-"""Checks of the step: every bucket updated once, from its mean gradient, by one factor."""
+"""Checks of the updates: every bucket once, from its mean gradient, by one factor, where nothing reads it."""
 
 import operator
 from collections import Counter
@@ -8,17 +8,18 @@ from typing import cast
 from torch import fx
 
 from zerograph import ops
-from zerograph.ir import TrainGraph, is_call
+from zerograph.ir import Region, TrainGraph, is_call
+from zerograph.passes.update_in_backward import reads
 from zerograph.verify.common import bucket_of, say, source_of
 
 
 def updated_once(graph: TrainGraph) -> Iterator[str]:
     if not graph.training or "optimizer" not in graph.notes:
         return
-    step = graph.nodes("step")
+    step, where = graph.nodes("step"), _where(graph)
     trained = [b.name for b in graph.layout.trainable_buckets()]
-    updates = {bucket_of(n): n for n in step if is_call(n, ops.update)}
-    refreshes = {bucket_of(n): n for n in step if is_call(n, ops.refresh)}
+    updates = {bucket_of(n): n for n in graph.nodes(where) if is_call(n, ops.update)}
+    refreshes = {bucket_of(n): n for n in graph.nodes() if is_call(n, ops.refresh)}
     counts = Counter((n.target, bucket_of(n)) for n in graph.nodes())
     reduced = Counter(bucket_of(n) for n in step if is_call(n, ops.all_reduce, ops.reduce_scatter))
     due_reductions = int(not graph.reduces_early)
@@ -26,7 +27,7 @@ def updated_once(graph: TrainGraph) -> Iterator[str]:
     for bucket in dict.fromkeys([*trained, *updates, *refreshes]):
         due_refreshes, times = int(bucket in refreshed), counts[ops.update, bucket]
         if times != 1 or bucket not in trained or bucket not in updates:
-            yield f"bucket {bucket} is updated {times} times in the step, not once"
+            yield f"bucket {bucket} is updated {times} times in the {where}, not once"
         if reduced[bucket] != due_reductions:
             yield f"bucket {bucket} is reduced {reduced[bucket]} times in the step"
         if (times := counts[ops.refresh, bucket]) != due_refreshes:
@@ -35,11 +36,24 @@ def updated_once(graph: TrainGraph) -> Iterator[str]:
             yield f"bucket {bucket} is refreshed before its update"
 
 
+def _where(graph: TrainGraph) -> Region:
+    return "backward" if graph.updates_in_backward else "step"
+
+
+def updates_stand_behind_reads(graph: TrainGraph) -> Iterator[str]:
+    """An update in the backward changes what nothing of forward and backward reads any more."""
+    for node in graph.nodes("backward"):
+        if is_call(node, ops.update):
+            for reader in reads(graph, cast(str, bucket_of(node))):
+                if node < reader:
+                    yield f"{reader.name} reads parameters of {bucket_of(node)} behind {say(node)}"
+
+
 def updates_agree(graph: TrainGraph) -> Iterator[str]:
     """Every update takes its bucket's mean gradient, and the same flags and control."""
     late = ops.all_reduce if graph.stage == 0 else ops.reduce_scatter
-    mean = ops.accumulate if graph.reduces_early else late
-    updates = [n for n in graph.nodes("step") if is_call(n, ops.update)]
+    mean = ops.accumulate if graph.reduces_early and not graph.updates_in_backward else late
+    updates = [n for n in graph.nodes(_where(graph)) if is_call(n, ops.update)]
     for node in updates:
         grad, used, control = (cast(fx.Node, node.args[i]) for i in (1, 5, 6))
         if not is_call(source_of(grad), mean):
@@ -93,12 +107,15 @@ def _derives(value: object, sources: set[fx.Node], not_through: set[fx.Node]) ->
 
 
 def norm_covers_all(graph: TrainGraph) -> Iterator[str]:
-    updates = [n for n in graph.nodes("step") if is_call(n, ops.update)]
+    updates = [n for n in graph.nodes(_where(graph)) if is_call(n, ops.update)]
     for node in graph.nodes("step"):
-        if is_call(node, ops.norm_partials):
-            grads = Counter(cast(list[fx.Node], node.args[0]))
-            if grads != Counter(n.args[1] for n in updates):
+        if is_call(node, ops.norm_partials, ops.sum_squares):
+            found = cast(list[fx.Node], node.args[0])
+            readers = {n.args[0] if is_call(n, ops.squares) else n: n for n in found}
+            grads = [n.args[0] if is_call(n, ops.squares) else n for n in found]
+            if Counter(grads) != Counter(n.args[1] for n in updates):
                 yield f"{node.name} does not cover the gradients that are applied"
-            for update in updates:
-                if update < node:  # an update may overwrite its gradient
+            for update in updates:  # which may overwrite its gradient
+                reader = readers.get(update.args[1], node)
+                if update < (reader if is_call(reader, ops.squares) else node):
                     yield f"{say(update)} stands before {node.name}"

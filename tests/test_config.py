@@ -265,6 +265,9 @@ def test_a_config_that_skipped_the_loader_is_checked_too() -> None:
                 "update_in_backward: optimizer.type='Lamb' .* use AdamW": {
                     "optimizer": {"type": "lamb"}
                 },
+                "update_in_backward: zero_optimization.overlap_comm=false": {
+                    "zero_optimization": {"stage": 1, "overlap_comm": False}
+                },
                 "update_in_backward: compile.weighted_accumulation": {
                     "compile": {"update_in_backward": True, "weighted_accumulation": True}
                 },

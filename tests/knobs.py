@@ -227,6 +227,13 @@ KNOBS = (
         base(compile={"weighted_accumulation": True}),
     ),
     Knob(
+        "activation_checkpointing.number_checkpoints",
+        "Each of the two blocks is a region. The forward keeps what enters it and the masks of its dropout, "
+        "and the backward computes the rest again.",
+        base(),
+        base(activation_checkpointing={"number_checkpoints": 2}),
+    ),
+    Knob(
         "optimizer.type",
         "Another rule, with no state without momentum.",
         optimizer("AdamW"),

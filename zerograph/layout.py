@@ -94,6 +94,8 @@ class Layout:
     buckets: Mapping[str, Bucket]
     groups: tuple[Mapping[str, Any], ...] = field(default=({},))
     """Optimizer options that differ from the config's, per parameter group."""
+    blocks: tuple[str, ...] = ()
+    """Names of the repeated layers, in the order of the model."""
 
     def trainable_buckets(self) -> list[Bucket]:
         return [bucket for bucket in self.buckets.values() if bucket.trainable]
@@ -169,7 +171,7 @@ def layout_of(
             offset = _round_up(offset + tensor.numel(), align)
         numel = max(_round_up(offset, world * PAD_ELEMENTS), world * PAD_ELEMENTS)
         buckets[bucket] = Bucket(bucket, block, dtype, trainable, tuple(in_bucket), numel, world)
-    return Layout(world, params, buckets, groups)
+    return Layout(world, params, buckets, groups, tuple(repeated_blocks(model)))
 
 
 def block_of_each(model: nn.Module, names: Sequence[str]) -> dict[str, str]:

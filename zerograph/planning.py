@@ -20,6 +20,7 @@ from zerograph.ir import TrainGraph
 from zerograph.layout import layout_of
 from zerograph.optimizer import OptimizerSpec, optimizer_of
 from zerograph.passes import (
+    Checkpoint,
     Gather,
     InPlace,
     Normalize,
@@ -149,6 +150,7 @@ def passes_for(
     weighted = config.compile.weighted_accumulation
     return [
         Normalize(recast=zero.stage == 3),
+        Checkpoint(config.activation_checkpointing.number_checkpoints or 0),
         Specialize(arriving),
         Scale(),
         Shard(zero.stage),

@@ -1,5 +1,6 @@
 """One pass a file; the file's name is the pass's name in logs, on the command line and in goldens."""
 
+from zerograph.passes.checkpoint import Checkpoint
 from zerograph.passes.gather import Gather
 from zerograph.passes.in_place import InPlace
 from zerograph.passes.normalize import Normalize
@@ -12,6 +13,7 @@ from zerograph.passes.specialize import Specialize
 from zerograph.passes.update import Update
 
 __all__ = [
+    "Checkpoint",
     "Gather",
     "InPlace",
     "Normalize",

@@ -1,0 +1,68 @@
+"""checkpoint: of a region the forward keeps what enters it, and the backward computes the rest again.
+
+    before                                     after
+      %1 = aten.mm(%0, %w)                       zero.checkpoint %0 "layers.0"
+      %2 = aten.gelu(%1)                         %1 = aten.mm(%0, %w)
+      save %0, %1, %2                            %2 = aten.gelu(%1)
+    backward                                     save %0
+      %3 = aten.gelu_backward(%d, %1)          backward
+                                                 %3 = aten.mm(%0, %w)            # recomputed
+                                                 %4 = aten.gelu_backward(%d, %3)
+
+Kept are also the values that leave a region, the results of what must not run twice (masks of dropouts),
+and what a selective checkpoint's policy says. Each node runs again just before the backward's first reader,
+once, so at most one region's values are alive beside the boundaries. Parameters are read again, and
+gathered again at stage 3. The numbers are the same, bit for bit. "Training Deep Nets with Sublinear Memory
+Cost", arXiv:1604.06174. It runs before `specialize`, so that the forward keeps the same values
+whichever gradients arrive.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+from torch import fx
+
+from zerograph import compat, ops
+from zerograph.boundaries import insert_boundaries, leaves, mark_blocks
+from zerograph.ir import TrainGraph, checkpoint_of, is_call, is_view
+from zerograph.passes.normalize import keep_old_buffers
+from zerograph.repeats import Repeats, can_repeat
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    number: int = 0
+    """Regions over the repeated blocks of a model that marks none itself."""
+
+    name: ClassVar[str] = "checkpoint"
+    requires: ClassVar[frozenset[str]] = frozenset({"normal"})
+    provides: ClassVar[frozenset[str]] = frozenset({"checkpointed"})
+
+    def apply(self, graph: TrainGraph) -> str:
+        if not graph.training:
+            return "there is no backward"
+        own = any(checkpoint_of(node) for node in graph.nodes("forward"))
+        if self.number and not own:
+            mark_blocks(graph, self.number)
+        insert_boundaries(graph)
+        inside = [n for n in graph.nodes("forward") if checkpoint_of(n)]
+        kept = _kept(inside)
+        again = {n for n in inside if n not in kept and not is_call(n, ops.checkpoint)}
+        count = Repeats(graph, again).make()
+        keep_old_buffers(graph)
+        regions = len({checkpoint_of(node) for node in inside})
+        said = ", which the model marks itself" if own and self.number else ""
+        return f"{regions} regions{said}, {count} nodes recomputed"
+
+
+def _kept(inside: list[fx.Node]) -> set[fx.Node]:
+    """Nodes of regions whose values the forward keeps, if the backward reads them.
+
+    With a view the value that it is of is kept: it is the same storage.
+    """
+    kept = {n for n in inside if not can_repeat(n) or leaves(n) or compat.policy_keeps(n)}
+    for node in [n for n in inside if n in kept]:
+        while is_view(node) and checkpoint_of(cast(fx.Node, node.args[0])) == checkpoint_of(node):
+            node = cast(fx.Node, node.args[0])
+            kept.add(node)
+    return kept

@@ -1,4 +1,4 @@
-"""What to keep of a forward under a budget: against brute force, minimum cuts, torch's partitioner and eager bits."""
+"""What to keep of a forward: against brute force, minimum cuts, torch's partitioner, and bit for bit."""
 
 import functools
 import itertools
@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from benchmarks.recompute_peer import kept_by_torch
 from tests import models, tiny
+from tests.partitioner import kept_by_torch
 from zerograph.errors import PlanError
 from zerograph.ir import TrainGraph, is_view, role_of
 from zerograph.passes import Normalize
@@ -150,7 +150,7 @@ def chooser(name: str) -> Chooser:
     return Chooser.of(normal(name))
 
 
-NAMES = ("blocks", "batch_norm", "llama", "gpt2", "bert", "t5", "vit", "convnet", "lowrank")
+NAMES = ("blocks", "batch_norm", "llama", "gpt2", "convnet", "lowrank")
 
 
 def values(graph: TrainGraph, region: str, known: dict[fx.Node, Any]) -> None:
@@ -263,13 +263,20 @@ def test_alike_layers_keep_more_the_later_they_are() -> None:
     graph = trace.graph.copy()
     Normalize().apply(graph)
     found = Chooser.of(graph)
-    chosen = found.choose(found.budget(0.5))
-    layers = [n.meta["module"].split(".")[1] for n in chosen.keep if "gelu" in str(n.target)]
-    assert 0 < len(layers) < 6
-    assert layers == [str(i) for i in range(6 - len(layers), 6)]
+    counts = set()
+    for tenth in range(10):
+        layers: dict[str, list[int]] = {}
+        for node in found.choose(found.budget(tenth / 10)).keep:
+            module = node.meta["module"].split(".")
+            if module[0] == "blocks":
+                layers.setdefault(str(node.target), []).append(int(module[1]))
+        for kept in layers.values():
+            assert sorted(set(kept)) == list(range(min(kept), 6))
+            counts.add(6 - min(kept))
+    assert counts >= {1, 6} and len(counts) > 3
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_no_more_flops_than_torchs_partitioner_at_equal_bytes(name: str) -> None:
     found = chooser(name)
     for fraction in (0.1, 0.3, 0.5, 0.7):

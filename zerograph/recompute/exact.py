@@ -23,7 +23,7 @@ State = frozenset[int]
 
 
 class Source(NamedTuple):
-    """One way to a state: the state before, the values that it keeps, and the number of points that came by it."""
+    """One way to a state: the state before, the values that it keeps, and how many points came by it."""
 
     state: State
     keeps: tuple[int, ...]

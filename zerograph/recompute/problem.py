@@ -150,7 +150,7 @@ class _Reader:
         kept = [key for call in makes for key in makes[call] if key in always]
         keys = [k for call in calls for k in makes[call] if k in needed and k not in always]
         index = {key: v for v, key in enumerate(keys)}
-        place = {call: o for o, call in enumerate(calls)}
+        maker = {key: o for o, call in enumerate(calls) for key in makes[call]}
         work = [self._work(call) for call in calls]
         weight = _weight(sum(each.flops for each in work))
         ops = []
@@ -159,7 +159,7 @@ class _Reader:
             made = tuple(index[k] for k in makes[call] if k in index)
             cost = None if self._is_once(call) else weight * done.flops + done.nbytes
             ops.append(Op(reads, made, cost))
-        values = [Value(place[k[0]], nbytes_of(k), k in self.read_keys) for k in keys]
+        values = [Value(maker[k], nbytes_of(k), k in self.read_keys) for k in keys]
         problem = Problem(tuple(ops), tuple(values), sum(map(nbytes_of, kept)))
         nodes = self._nodes()
         named = [tuple(nodes[key] for key in group) for group in (keys, kept)]

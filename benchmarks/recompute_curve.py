@@ -1,4 +1,4 @@
-"""Bytes kept against FLOPs repeated: zerograph's choice beside torch's partitioner, and the time that it takes.
+"""Bytes kept against FLOPs repeated: zerograph's choice beside torch's partitioner, and the time it takes.
 
     python benchmarks/recompute_curve.py [--json FILE] [--models llama gpt2] [--depths 10 20 40 80]
 
@@ -25,15 +25,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from contest import llama
 from plan_llama70b import llama70b
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from tests.partitioner import kept_by_torch
 from zerograph.config import load_config
@@ -48,21 +42,6 @@ LIMIT = 1.02
 SECONDS = 30
 DEVICE = cluster_of("cpu").device
 SIZE: dict[str, Any] = {"vocab_size": 8192}
-
-
-def llama() -> nn.Module:
-    """29.4 M parameters."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            **SIZE,
-            hidden_size=512,
-            intermediate_size=1408,
-            num_hidden_layers=6,
-            num_attention_heads=8,
-            num_key_value_heads=8,
-            use_cache=False,
-        )
-    )
 
 
 def gpt2() -> nn.Module:

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from tests import models, tiny
 from tests.partitioner import kept_by_torch
 from zerograph.errors import PlanError
-from zerograph.ir import TrainGraph, is_view, role_of
+from zerograph.ir import TrainGraph, is_random, is_view, role_of
 from zerograph.passes import Normalize
 from zerograph.recompute import Chooser, choose
 from zerograph.recompute.choose import Solver
@@ -24,7 +24,7 @@ from zerograph.recompute.curve import LIMIT, add, pareto
 from zerograph.recompute.cut import hull
 from zerograph.recompute.exact import solve, width
 from zerograph.recompute.pieces import pieces_of
-from zerograph.recompute.problem import Op, Problem, Value, draws
+from zerograph.recompute.problem import Op, Problem, Value
 
 aten = torch.ops.aten
 
@@ -191,7 +191,7 @@ def recomputed(
                 return have[node]
             free = node.op == "get_attr" or is_out or is_view(node)
             assert free or node in repeat or not isinstance(node.meta["val"], Tensor), node
-            assert not draws(node)
+            assert not is_random(node)
             for source in sources:
                 value(source)
             have[node] = computed(node, graph, have)
@@ -225,7 +225,7 @@ def test_masks_are_kept_at_every_budget_and_nothing_random_is_repeated() -> None
     assert [str(node.args[0].target) for node in least.keep] == ["aten.native_dropout.default"] * 2  # type: ignore[union-attr]
     assert found.solver.least == 2 * 4 * tiny.WIDTH  # a byte an element of each mask
     for fraction in (0.0, 0.2, 0.5, 0.9):
-        assert not any(map(draws, found.choose(found.budget(fraction)).repeat))
+        assert not any(map(is_random, found.choose(found.budget(fraction)).repeat))
 
 
 def test_too_small_a_budget_names_the_smallest_one() -> None:

@@ -28,7 +28,7 @@ aten = torch.ops.aten
 
 def can_repeat(node: fx.Node) -> bool:
     """Whether a node of the forward may run again, with the same result and no other effect."""
-    if _is_dropped_out(node):
+    if is_dropped_out(node):
         return True
     if getattr(node.target, "__name__", "") == "getitem":
         return can_repeat(cast(fx.Node, node.args[0]))
@@ -76,7 +76,7 @@ class Repeats:
         return self.made[source]
 
     def _copy(self, node: fx.Node, before: fx.Node) -> fx.Node:
-        if _is_dropped_out(node):
+        if is_dropped_out(node):
             made = self._drop_out(node, before)
         else:
             with self.graph.graph.inserting_before(before):
@@ -108,17 +108,17 @@ def _value_of(node: fx.Node) -> fx.Node:
 
 def _reads(node: fx.Node) -> list[fx.Node]:
     """What a repetition of `node` reads."""
-    if not _is_dropped_out(node):
+    if not is_dropped_out(node):
         return node.all_input_nodes
     dropout = cast(fx.Node, node.args[0])
-    return [cast(fx.Node, dropout.args[0]), _mask_of(dropout)]
+    return [cast(fx.Node, dropout.args[0]), mask_of(dropout)]
 
 
-def _mask_of(dropout: fx.Node) -> fx.Node:
+def mask_of(dropout: fx.Node) -> fx.Node:
     return next(user for user in dropout.users if user.args[1] == 1)
 
 
-def _is_dropped_out(node: fx.Node) -> bool:
+def is_dropped_out(node: fx.Node) -> bool:
     """Whether a node is the output of a dropout whose mask is there, on the CPU."""
     if getattr(node.target, "__name__", "") != "getitem" or node.args[1] != 0:
         return False

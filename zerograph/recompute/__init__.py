@@ -6,8 +6,10 @@ exact.py    all best choices of a part, by dynamic programming
 cut.py      of a part with too many choices: those of minimum cuts
 curve.py    bytes kept against cost repeated: sums of curves
 choose.py   the choice for a budget
+budget.py   the config's key for the pass `checkpoint`
 """
 
+from zerograph.recompute.budget import Budget
 from zerograph.recompute.choose import Choice, Chooser, choose
 
-__all__ = ["Choice", "Chooser", "choose"]
+__all__ = ["Budget", "Choice", "Chooser", "choose"]

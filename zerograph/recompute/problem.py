@@ -8,7 +8,8 @@
       .. aten.gelu_backward(%d, %2)    value 0 is read
 
 Placeholders (parameters, buffers, inputs) are at hand in the backward, and so is what is computed from
-sizes alone. What only leads to a result of the forward is left out. What must be kept whatever the budget
+sizes alone. What only leads to a result of the forward is left out; the results themselves are there in any
+case, for nothing, since the caller may hold them. What must be kept whatever the budget
 is, too, with its bytes in `base`: what is pinned, and what the backward reads of an operator that
 is never repeated. Those are random operators, those with effects, those that read an input that the forward
 changes, and those that torch does not describe. Of a dropout on the CPU only the mask is such a value: its
@@ -20,13 +21,12 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
 
 from zerograph.compat import hint
 from zerograph.cost.work import Work, work_of
-from zerograph.ir import TrainGraph, is_call, is_view
+from zerograph.ir import TrainGraph, is_view
+from zerograph.repeats import can_repeat, is_dropped_out, mask_of
 
 WEIGHT = 1024
 """Bytes of memory traffic that weigh as one FLOP: they decide where FLOPs are equal, and hardly else."""
@@ -124,6 +124,7 @@ class _Reader:
         self.forward = {n for n in graph.nodes("forward") if n.op != "get_attr"}
         self.read_keys = {key_of(node) for node in self._read_by_backward()}
         self.changed = set(self._changed())
+        self.results = {key_of(n) for n in graph.outputs("forward") if n is not None}
 
     def read(self) -> Reading:
         """Operators that the backward may need again, from the last to the first, then the tables."""
@@ -133,11 +134,12 @@ class _Reader:
             made = [key for key in makes.get(call, ()) if key in needed]
             if not made:
                 continue
-            fixed = self.read_keys if self._is_once(call) else set()
-            always.update(key for key in made if key in self.pinned or key in fixed)
+            once = self._is_once(call)
+            fixed = self.read_keys if once else set()
+            always.update(self.results.union(self.pinned, fixed).intersection(made))
             if any(key not in always for key in made):
                 calls.append(call)
-                needed.update(self._reads(call))
+                needed.update(() if once else self._reads(call))
         return self._tables(calls[::-1], makes, needed, always)
 
     def _tables(
@@ -160,7 +162,8 @@ class _Reader:
             cost = None if self._is_once(call) else weight * done.flops + done.nbytes
             ops.append(Op(reads, made, cost))
         values = [Value(maker[k], nbytes_of(k), k in self.read_keys) for k in keys]
-        problem = Problem(tuple(ops), tuple(values), sum(map(nbytes_of, kept)))
+        base = sum(nbytes_of(key) for key in kept if key not in self.results)
+        problem = Problem(tuple(ops), tuple(values), base)
         nodes = self._nodes()
         named = [tuple(nodes[key] for key in group) for group in (keys, kept)]
         return Reading(problem, tuple(calls), named[0], tuple(work), named[1])
@@ -189,61 +192,29 @@ class _Reader:
         found: dict[fx.Node, list[tuple[fx.Node, Any]]] = {}
         for key, node in self._nodes().items():
             if key[0] in self.forward and _has_tensor(key):
-                found.setdefault(node if _is_dropped_out(node) else key[0], []).append(key)
+                found.setdefault(node if is_dropped_out(node) else key[0], []).append(key)
         order = {node: index for index, node in enumerate(self.graph.nodes("forward"))}
         return {call: found[call] for call in sorted(found, key=lambda call: order[call])}
 
     def _reads(self, call: fx.Node) -> Iterator[tuple[fx.Node, Any]]:
         sources = call.all_input_nodes
-        if _is_dropped_out(call):
+        if is_dropped_out(call):
             dropout = sources[0]
-            sources = [cast(fx.Node, dropout.args[0]), _result(dropout, 1)]
+            sources = [cast(fx.Node, dropout.args[0]), mask_of(dropout)]
         for key in map(key_of, sources):
             if key[0] in self.forward and _has_tensor(key):
                 yield key
 
     def _work(self, call: fx.Node) -> Work:
-        if not _is_dropped_out(call):
+        if not is_dropped_out(call):
             return work_of(call)
         nbytes = sum(map(nbytes_of, self._reads(call)))
         return Work(0, nbytes + 3 * nbytes_of(key_of(call)), call.meta["val"].dtype)
 
     def _is_once(self, call: fx.Node) -> bool:
-        """Whether a call must not be repeated."""
-        if _is_dropped_out(call):
-            return False
-        target: Any = call.target
-        if not isinstance(target, OpOverload) or target._schema.is_mutable:
-            return True
-        if draws(call):
-            return True
-        return any(key_of(source)[0] in self.changed for source in call.all_input_nodes)
-
-
-def draws(call: fx.Node) -> bool:
-    """Whether a call draws random numbers. An attention without dropout is marked so, and does not."""
-    target: Any = call.target
-    if torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ()):
-        return False
-    names = [argument.name for argument in target._schema.arguments]
-    given = {a.name: a.default_value for a in target._schema.arguments if a.has_default_value()}
-    given |= dict(zip(names, call.args)) | call.kwargs
-    return given.get("dropout_p") != 0.0
-
-
-def _is_dropped_out(node: fx.Node) -> bool:
-    """Whether a node is the output of a dropout whose mask is there, on the CPU: input * mask / (1 - p)."""
-    if getattr(node.target, "__name__", "") != "getitem" or node.args[1] != 0:
-        return False
-    dropout = cast(fx.Node, node.args[0])
-    if not is_call(dropout, torch.ops.aten.native_dropout.default) or dropout.args[2:] != (True,):
-        return False
-    has_mask = any(user.args[1] == 1 for user in dropout.users)
-    return bool(has_mask and node.meta["val"].device.type == "cpu")
-
-
-def _result(call: fx.Node, item: int) -> fx.Node:
-    return next(user for user in call.users if user.args[1] == item)
+        """Whether an operator must not be repeated."""
+        reads_changed = any(key_of(source)[0] in self.changed for source in call.all_input_nodes)
+        return reads_changed or not can_repeat(call)
 
 
 def _has_tensor(key: tuple[fx.Node, Any]) -> bool:

@@ -20,7 +20,7 @@ from tests.models import batch_for, loss_of
 from tests.oracle import config_for
 from tests.ranks import run_ranks
 from tests.storages import Storages, close, held_by
-from zerograph import checkpointing, ops
+from zerograph import checkpointing, ops, pipeline
 from zerograph.cost import CATEGORIES
 from zerograph.errors import ConfigError, PlanError
 from zerograph.ir import (
@@ -31,8 +31,10 @@ from zerograph.ir import (
     is_recomputed,
     is_view,
     region_of,
+    role_of,
 )
 from zerograph.layout import repeated_blocks
+from zerograph.passes import Checkpoint, Normalize, Specialize
 from zerograph.plan import Plan
 
 aten = torch.ops.aten
@@ -352,6 +354,47 @@ def test_gradient_checkpointing_of_transformers(name: str, reentrant: bool) -> N
     layers = set(repeated_blocks(engine.module))
     assert {region for _, region in boundaries(engine.plan.graph)} == layers
     assert "# recomputed " in str(engine.plan)
+
+
+# A choice of what is kept
+
+
+def every_third(graph: TrainGraph) -> list[fx.Node]:
+    """A chooser as the pass takes one."""
+    values = [n for n in graph.nodes("forward") if isinstance(n.meta.get("val"), Tensor)]
+    return [n for n in values if not is_view(n) and n.op != "get_attr"][::3]
+
+
+@pytest.mark.parametrize("name", ["blocks", "normed", "tied"])
+@pytest.mark.parametrize("choose", [every_third, lambda graph: []])
+def test_a_choice_of_what_is_kept(name: str, choose: Callable[[TrainGraph], list[fx.Node]]) -> None:
+    """The backward reads of the forward what is kept, and the interpreted graph has the same bits."""
+    torch.manual_seed(0)
+    model: nn.Module = {**tiny.MODELS, "tied": tiny.Tied}[name]()
+    plain, chosen = (tiny.traced(model, tiny.batch(), 1).graph.copy() for _ in range(2))
+    pipeline.run(plain, [Normalize(), Checkpoint(), Specialize()])
+    pipeline.run(chosen, [Normalize(), Checkpoint(1, choose), Specialize()])
+    assert recomputed(chosen)
+    assert {region for _, region in boundaries(chosen)} == {"budget"}
+    kept = [n for n in chosen.outputs("saved") if n is not None and n.op != "placeholder"]
+    assert len(kept) < len([n for n in plain.outputs("saved") if n is not None])
+    found, expected = (run_graph(graph, model) for graph in (chosen, plain))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def run_graph(graph: TrainGraph, model: nn.Module) -> list[Tensor]:
+    """All results and gradients of a graph before `shard`; boundaries are what they are on."""
+    for node in [n for n in graph.nodes() if is_call(n, ops.checkpoint)]:
+        node.replace_all_uses_with(node.args[0])
+        graph.graph.erase_node(node)
+    torch.manual_seed(5)
+    given = {**dict(model.named_parameters()), **dict(model.named_buffers()), **tiny.batch()}
+    inputs = [
+        torch.ones(()) if role_of(p).kind == "tangent" else given[role_of(p).name].detach().clone()
+        for p in graph.placeholders()
+    ]
+    outputs = fx.Interpreter(graph.module).run(*inputs)
+    return [t for part in ("forward", "backward") for t in outputs[part] if t is not None]
 
 
 # Kinds of values

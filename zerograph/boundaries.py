@@ -70,8 +70,19 @@ def mark_blocks(graph: TrainGraph, number: int) -> None:
             _mark([node], region)
 
 
-def insert_boundaries(graph: TrainGraph) -> int:
-    """Put `zero.checkpoint` on what enters a region, before its first use there; answers how many."""
+def mark_forward(graph: TrainGraph, region: str) -> None:
+    """Mark the whole forward as one region."""
+    _mark(graph.nodes("forward"), region)
+
+
+def clear_marks(graph: TrainGraph) -> None:
+    """Forget the regions that are marked."""
+    for node in graph.nodes("forward"):
+        node.meta.pop("checkpoint", None)
+
+
+def insert_boundaries(graph: TrainGraph) -> None:
+    """Put `zero.checkpoint` on what enters a region, before its first use there."""
     made: dict[tuple[fx.Node, str], fx.Node] = {}
     for node in graph.nodes("forward"):
         region = checkpoint_of(node)
@@ -79,11 +90,18 @@ def insert_boundaries(graph: TrainGraph) -> int:
             if checkpoint_of(source) == region or not _is_boundary(source):
                 continue
             if (source, region) not in made:
-                with graph.inserting(node, "forward", module_of(node)) as insert:
-                    made[source, region] = insert(ops.checkpoint, source, region)
-                _mark([made[source, region]], region)
+                made[source, region] = insert_boundary(graph, source, node, region)
             node.replace_input_with(source, made[source, region])
-    return len(made)
+
+
+def insert_boundary(graph: TrainGraph, value: fx.Node, reader: fx.Node, region: str) -> fx.Node:
+    """Put `zero.checkpoint` on a value, before a node of the forward, which then reads it through that."""
+    with graph.inserting(reader, "forward", module_of(reader)) as insert:
+        made = insert(ops.checkpoint, value, region)
+    made.meta["val"] = value.meta["val"]  # with its strides, whatever they are
+    _mark([made], region)
+    reader.replace_input_with(value, made)
+    return made
 
 
 def leaves(node: fx.Node) -> bool:

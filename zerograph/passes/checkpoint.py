@@ -17,22 +17,35 @@ Cost", arXiv:1604.06174. It runs before `specialize`, so that the forward keeps 
 whichever gradients arrive.
 """
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
 from torch import fx
 
 from zerograph import compat, ops
-from zerograph.boundaries import insert_boundaries, leaves, mark_blocks
-from zerograph.ir import TrainGraph, checkpoint_of, is_call, is_view
+from zerograph.boundaries import (
+    clear_marks,
+    insert_boundaries,
+    insert_boundary,
+    leaves,
+    mark_blocks,
+    mark_forward,
+)
+from zerograph.ir import TrainGraph, checkpoint_of, is_call, is_view, region_of
 from zerograph.passes.normalize import keep_old_buffers
 from zerograph.repeats import Repeats, can_repeat
+
+Choose = Callable[[TrainGraph], Collection[fx.Node]]
+"""The nodes of the forward whose values are kept."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     number: int = 0
     """Regions over the repeated blocks of a model that marks none itself."""
+    choose: Choose | None = None
+    """What is kept in the place of boundaries; the whole forward is then one region, "budget"."""
 
     name: ClassVar[str] = "checkpoint"
     requires: ClassVar[frozenset[str]] = frozenset({"normal"})
@@ -41,28 +54,47 @@ class Checkpoint:
     def apply(self, graph: TrainGraph) -> str:
         if not graph.training:
             return "there is no backward"
-        own = any(checkpoint_of(node) for node in graph.nodes("forward"))
-        if self.number and not own:
-            mark_blocks(graph, self.number)
+        said = self._mark(graph)
+        chosen = set(self.choose(graph)) if self.choose else set()
         insert_boundaries(graph)
         inside = [n for n in graph.nodes("forward") if checkpoint_of(n)]
-        kept = _kept(inside)
+        kept = _kept(inside, chosen)
         again = {n for n in inside if n not in kept and not is_call(n, ops.checkpoint)}
         count = Repeats(graph, again).make()
         keep_old_buffers(graph)
+        for node in sorted(chosen):
+            _show(graph, node)
         regions = len({checkpoint_of(node) for node in inside})
-        said = ", which the model marks itself" if own and self.number else ""
         return f"{regions} regions{said}, {count} nodes recomputed"
 
+    def _mark(self, graph: TrainGraph) -> str:
+        """Mark the regions; answers what to say of those that the model marks itself."""
+        own = any(checkpoint_of(node) for node in graph.nodes("forward"))
+        if self.choose:
+            clear_marks(graph)
+            mark_forward(graph, "budget")
+            return " in the place of the model's own" if own else ""
+        if self.number and not own:
+            mark_blocks(graph, self.number)
+        return ", which the model marks itself" if own and self.number else ""
 
-def _kept(inside: list[fx.Node]) -> set[fx.Node]:
+
+def _kept(inside: list[fx.Node], chosen: set[fx.Node]) -> set[fx.Node]:
     """Nodes of regions whose values the forward keeps, if the backward reads them.
 
     With a view the value that it is of is kept: it is the same storage.
     """
-    kept = {n for n in inside if not can_repeat(n) or leaves(n) or compat.policy_keeps(n)}
+    kept = {n for n in inside if not can_repeat(n) or leaves(n) or compat.policy_keeps(n)} | chosen
     for node in [n for n in inside if n in kept]:
         while is_view(node) and checkpoint_of(cast(fx.Node, node.args[0])) == checkpoint_of(node):
             node = cast(fx.Node, node.args[0])
             kept.add(node)
     return kept
+
+
+def _show(graph: TrainGraph, node: fx.Node) -> None:
+    """A boundary on a chosen value that the backward does read."""
+    readers = sorted(user for user in node.users if user.op != "output")
+    regions = [region_of(reader) for reader in readers]
+    if "backward" in regions and regions[0] == "forward":
+        insert_boundary(graph, node, readers[0], checkpoint_of(node))

@@ -234,6 +234,13 @@ KNOBS = (
         base(activation_checkpointing={"number_checkpoints": 2}),
     ),
     Knob(
+        "compile.activation_budget",
+        "The forward keeps half of what it could do without (above 1: so many bytes), chosen so that the "
+        "FLOPs computed again are least.",
+        base(),
+        base(compile={"activation_budget": 0.5}),
+    ),
+    Knob(
         "optimizer.type",
         "Another rule, with no state without momentum.",
         optimizer("AdamW"),

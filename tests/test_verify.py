@@ -192,7 +192,7 @@ def recomputed(graph: TrainGraph, target: Any) -> fx.Node:
     return next(n for n in graph.nodes("backward") if is_recomputed(n) and is_call(n, target))
 
 
-@fault(3, "native_dropout.* in the backward does again what must be done once", number=2)
+@fault(3, "native_dropout.* in the backward does again what must be done once", number=1)
 def dropout_drawn_again_without_a_trace(graph: TrainGraph) -> None:
     """Another call of the same random operator, which says nothing of the forward's."""
     node = recomputed(graph, aten.gelu.default)
@@ -209,9 +209,9 @@ def dropout_drawn_again(graph: TrainGraph) -> None:
     again.meta = {**again.meta, "region": "backward"}
 
 
-@fault(3, "the backward.* is read from the gather|gather.* in the backward does again", number=2)
+@fault(3, "wait.* in the backward does again what must be done once", number=2)
 def gather_done_again(graph: TrainGraph) -> None:
-    gather_of(graph, "b1", "backward").meta["recomputed"] = "gather"
+    gathered(graph, "b1", "backward").meta["recomputed"] = "wait"
 
 
 @fault(2, "reduce_scatter.* in the backward does again what must be done once", number=2)

@@ -35,6 +35,7 @@ from zerograph.passes import (
 from zerograph.passes.reduce import Average
 from zerograph.plan import Plan
 from zerograph.precision import precision_of
+from zerograph.recompute import Budget
 from zerograph.trace import Trace, trace
 
 
@@ -150,7 +151,7 @@ def passes_for(
     weighted = config.compile.weighted_accumulation
     return [
         Normalize(recast=zero.stage == 3),
-        Checkpoint(config.activation_checkpointing.number_checkpoints or 0),
+        Checkpoint(config.activation_checkpointing.number_checkpoints or 0, _budget_of(config)),
         Specialize(arriving),
         Scale(),
         Shard(zero.stage),
@@ -169,6 +170,11 @@ def passes_for(
         ),
         Schedule(prefetch=zero.stage3_prefetch_bucket_size, max_live=max_live, across=across),
     ]
+
+
+def _budget_of(config: ZeroConfig) -> Budget | None:
+    value = config.compile.activation_budget
+    return None if value is None else Budget(value)
 
 
 def average_of(config: ZeroConfig, world: int) -> Average:

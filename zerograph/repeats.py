@@ -91,7 +91,7 @@ class Repeats:
         with self.graph.inserting(before, "backward", module_of(node)) as insert:
             kept = insert(aten.mul.Tensor, self._now(value), self._now(mask))
             _mark(kept, node)
-            return insert(aten.mul.Tensor, kept, 0.0 if p == 1 else 1 / (1 - p))
+            return insert(aten.mul.Tensor, kept, dropout_scale(p, node.meta["val"].dtype))
 
     def _now(self, node: fx.Node) -> fx.Node:
         """What the backward reads in the place of a value of the forward."""
@@ -112,6 +112,11 @@ def _reads(node: fx.Node) -> list[fx.Node]:
         return node.all_input_nodes
     dropout = cast(fx.Node, node.args[0])
     return [cast(fx.Node, dropout.args[0]), mask_of(dropout)]
+
+
+def dropout_scale(p: float, dtype: torch.dtype) -> float:
+    """What a dropout multiplies what it keeps by: torch rounds it to the type of the values first."""
+    return torch.tensor(0.0 if p == 1 else 1 / (1 - p), dtype=dtype).item()
 
 
 def mask_of(dropout: fx.Node) -> fx.Node:

@@ -135,9 +135,10 @@ class HybridEngine(Section):
 
 
 class Compile(Section):
-    """DeepCompile, and zerograph's own options of the step (`weighted_accumulation`)."""
+    """DeepCompile, and zerograph's own options of the step: the first two."""
 
     weighted_accumulation: bool = False
+    activation_budget: Annotated[Number, Field(ge=0)] | None = None
     deepcompile: bool = False
     free_activation: bool = False
     free_activation_threshold: Count = 10_485_760

@@ -29,7 +29,7 @@ _PRECISION = (
     ),
     *built("bf16.check_grad_overflow communication_data_type data_types.grad_accum_dtype"),
     *built("prescale_gradients gradient_predivide_factor gradient_allreduce_op"),
-    *built("compile.weighted_accumulation"),
+    *built("compile.weighted_accumulation compile.activation_budget"),
     *refused(
         under("bf16", "bf16_master_weights_and_grads bf16_optimizer_states"),
         "master weights and optimizer states are fp32",

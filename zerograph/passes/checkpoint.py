@@ -32,7 +32,7 @@ from zerograph.boundaries import (
     mark_blocks,
     mark_forward,
 )
-from zerograph.ir import TrainGraph, checkpoint_of, is_call, is_view, region_of
+from zerograph.ir import TrainGraph, checkpoint_of, is_call, is_view, region_of, role_of
 from zerograph.passes.normalize import keep_old_buffers
 from zerograph.repeats import Repeats, can_repeat
 
@@ -58,7 +58,7 @@ class Checkpoint:
         chosen = set(self.choose(graph)) if self.choose else set()
         insert_boundaries(graph)
         inside = [n for n in graph.nodes("forward") if checkpoint_of(n)]
-        kept = _kept(inside, chosen)
+        kept = _kept(graph, inside) | chosen
         again = {n for n in inside if n not in kept and not is_call(n, ops.checkpoint)}
         count = Repeats(graph, again).make()
         keep_old_buffers(graph)
@@ -79,17 +79,28 @@ class Checkpoint:
         return ", which the model marks itself" if own and self.number else ""
 
 
-def _kept(inside: list[fx.Node], chosen: set[fx.Node]) -> set[fx.Node]:
+def _kept(graph: TrainGraph, inside: list[fx.Node]) -> set[fx.Node]:
     """Nodes of regions whose values the forward keeps, if the backward reads them.
 
     With a view the value that it is of is kept: it is the same storage.
     """
-    kept = {n for n in inside if not can_repeat(n) or leaves(n) or compat.policy_keeps(n)} | chosen
+    kept = {n for n in inside if not can_repeat(n) or leaves(n) or compat.policy_keeps(n)}
     for node in [n for n in inside if n in kept]:
         while is_view(node) and checkpoint_of(cast(fx.Node, node.args[0])) == checkpoint_of(node):
             node = cast(fx.Node, node.args[0])
             kept.add(node)
-    return kept
+    return kept | _read_before_a_change(graph)
+
+
+def _read_before_a_change(graph: TrainGraph) -> set[fx.Node]:
+    """Nodes that read an input which the forward changes: the backward has its new value alone."""
+    changed = {r.name for r in graph.results if r.kind == "input_update"}
+    values = {p for p in graph.placeholders("input") if role_of(p).name in changed}
+    readers: set[fx.Node] = set()
+    for node in graph.nodes("forward"):
+        if not values.isdisjoint(node.all_input_nodes):
+            (values if is_view(node) else readers).add(node)
+    return readers
 
 
 def _show(graph: TrainGraph, node: fx.Node) -> None:

@@ -304,6 +304,20 @@ KNOBS = (
         base(gradient_clipping=0.0, compile={"update_in_backward": True}),
     ),
     Knob(
+        "activation_checkpointing.number_checkpoints",
+        "Each of the two blocks is a region. The forward keeps what enters it and the masks of its dropout, "
+        "and the backward computes the rest again.",
+        base(),
+        base(activation_checkpointing={"number_checkpoints": 2}),
+    ),
+    Knob(
+        "compile.activation_budget",
+        "The forward keeps half of what it could do without (above 1: so many bytes), chosen so that the "
+        "FLOPs computed again are least.",
+        base(),
+        base(compile={"activation_budget": 0.5}),
+    ),
+    Knob(
         "optimizer.type",
         "Another rule, with no state without momentum.",
         optimizer("AdamW"),

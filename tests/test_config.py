@@ -158,7 +158,6 @@ def test_advising_rows_say_what_happens(path: str) -> None:
         ("zero_optimization.zenflow", {"topk_ratio": 0.1}),
         ("activation_checkpointing.partition_activations", True),
         ("activation_checkpointing.cpu_checkpointing", True),
-        ("activation_checkpointing.number_checkpoints", 4),
         ("bf16.bf16_master_weights_and_grads", True),
         ("fp16.fp16_master_weights_and_grads", True),
         ("sparse_gradients", True),
@@ -272,6 +271,17 @@ def test_a_config_that_skipped_the_loader_is_checked_too() -> None:
                     "compile": {"update_in_backward": True, "weighted_accumulation": True}
                 },
             }.items()
+        ),
+        (
+            {"activation_checkpointing": {"contiguous_memory_optimization": True}},
+            "contiguous_memory_optimization needs number_checkpoints",
+        ),
+        (
+            {
+                "activation_checkpointing": {"number_checkpoints": 2},
+                "compile": {"activation_budget": 0.5},
+            },
+            "both say what the forward keeps",
         ),
     ],
 )

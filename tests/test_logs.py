@@ -20,7 +20,17 @@ import torch
 from tests import tiny
 print(tiny.planned(tiny.traced(tiny.Mlp(), tiny.batch(), 8), 3), end="")
 """
-PASSES = ("trace", "normalize", "specialize", "scale", "shard", "gather", "release", "reduce")
+PASSES = (
+    "trace",
+    "normalize",
+    "checkpoint",
+    "specialize",
+    "scale",
+    "shard",
+    "gather",
+    "release",
+    "reduce",
+)
 PASSES += ("in_place", "update", "schedule")
 
 

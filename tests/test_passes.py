@@ -95,11 +95,11 @@ def test_no_pass_but_the_first_may_come_first(each: pipeline.Pass) -> None:
 def test_history_keeps_words_and_text_of_every_pass() -> None:
     history = tiny.planned(tiny.trace_of("mlp", 4), 3).history
     assert history.names() == [
-        *("trace", "normalize", "specialize", "scale", "shard", "gather", "release", "reduce"),
-        *("in_place", "update", "schedule"),
+        *("trace", "normalize", "checkpoint", "specialize", "scale", "shard", "gather", "release"),
+        *("reduce", "in_place", "update", "schedule"),
     ]
     assert all(f"| after {r.name}\n" in r.text for r in history.records)
-    assert history["gather"] == history[5]
+    assert history["gather"] == history[6]
     assert {r.name: r.did for r in history.records}["reduce"] == "1 buckets reduced"
     with pytest.raises(PlanError, match="no pass 'offload'; the passes are trace, normalize"):
         history["offload"]

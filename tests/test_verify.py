@@ -5,6 +5,7 @@ the message must say; `after` stops the pipeline early, for faults that a later 
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from tests import tiny
 from zerograph import ops, pipeline, verify
 from zerograph.config import load_config
 from zerograph.errors import AgreementError, VerifyError
-from zerograph.ir import TrainGraph, is_call, region_of
+from zerograph.ir import TrainGraph, is_call, is_recomputed, region_of
 from zerograph.optimizer import optimizer_of
 from zerograph.planning import default_arriving, passes_for
 from zerograph.runtime.agree import first_difference
@@ -35,9 +36,11 @@ class Fault:
     after: str = "schedule"
     model: str = "blocks"
     accumulation: int = 1
+    number: int = 0
+    """Checkpointed regions."""
 
     def broken(self) -> tuple[TrainGraph, frozenset[str]]:
-        graph, provided = good(self.stage, self.after, self.model, self.accumulation)
+        graph, provided = good(self.stage, self.after, self.model, self.accumulation, self.number)
         self.edit(graph)
         return graph, provided
 
@@ -53,23 +56,29 @@ def fault(stage: int, says: str, **more: Any) -> Callable[..., Any]:
     return register
 
 
-_good: dict[tuple[int, str, str, int], tuple[TrainGraph, frozenset[str]]] = {}
+_good: dict[tuple[int, str, str, int, int], tuple[TrainGraph, frozenset[str]]] = {}
 
 
 def good(
-    stage: int, after: str = "schedule", model: str = "blocks", accumulation: int = 1
+    stage: int,
+    after: str = "schedule",
+    model: str = "blocks",
+    accumulation: int = 1,
+    number: int = 0,
 ) -> tuple[TrainGraph, frozenset[str]]:
     """A copy of the finished graph, or of the one after the pass `after`; and what it provides.
 
     With several backwards a step (`accumulation`) stages 0 and 1 reduce in the step.
     """
-    key = (stage, after, model, accumulation)
+    key = (stage, after, model, accumulation, number)
     if key not in _good:
         graph = tiny.trace_of(model, WORLD).graph.copy()
-        batch = {
+        batch: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": accumulation,
         }
+        if number:
+            batch["activation_checkpointing"] = {"number_checkpoints": number}
         config = load_config(tiny.config(stage, **batch, **tiny.GIVEN.get(model, {})))
         spec = optimizer_of(config, graph.layout)
         passes = passes_for(config, graph, default_arriving(graph), spec)
@@ -176,6 +185,70 @@ def random_op_again_in_the_backward(graph: TrainGraph) -> None:
     again = repeat(graph, find(graph, aten.native_dropout.default), graph.first("backward"))
     again.meta = {**again.meta, "region": "backward"}
     graph.set_outputs(saved=[*graph.outputs("saved"), again.args[0]])
+
+
+def recomputed(graph: TrainGraph, target: Any) -> fx.Node:
+    """A call of `target` that the backward computes again."""
+    return next(n for n in graph.nodes("backward") if is_recomputed(n) and is_call(n, target))
+
+
+@fault(3, "native_dropout.* in the backward does again what must be done once", number=1)
+def dropout_drawn_again_without_a_trace(graph: TrainGraph) -> None:
+    """Another call of the same random operator, which says nothing of the forward's."""
+    node = recomputed(graph, aten.gelu.default)
+    with graph.inserting(node.next, "backward") as insert:
+        again = insert(aten.native_dropout.default, node, 0.1, True)
+    again.meta["recomputed"] = "native_dropout"
+
+
+@fault(3, "native_dropout.* repeats a random operation of the forward", number=2)
+def dropout_drawn_again(graph: TrainGraph) -> None:
+    drawn = find(graph, aten.native_dropout.default, region="forward")
+    again = repeat(graph, drawn, recomputed(graph, aten.addmm.default).next)
+    set_arg(again, 0, recomputed(graph, aten.addmm.default))
+    again.meta = {**again.meta, "region": "backward"}
+
+
+@fault(3, "wait.* in the backward does again what must be done once", number=2)
+def gather_done_again(graph: TrainGraph) -> None:
+    gathered(graph, "b1", "backward").meta["recomputed"] = "wait"
+
+
+@fault(2, "reduce_scatter.* in the backward does again what must be done once", number=2)
+def reduction_done_again(graph: TrainGraph) -> None:
+    find(graph, ops.reduce_scatter, "b1").meta["recomputed"] = "reduce_scatter"
+
+
+@fault(0, "copy_.* in the backward does again what must be done once", number=1)
+def buffer_written_again(graph: TrainGraph) -> None:
+    node = recomputed(graph, aten.gelu.default)
+    with graph.inserting(node.next, "backward") as insert:
+        insert(aten.copy_.default, node, node).meta["recomputed"] = "copy_"
+
+
+@fault(0, "getitem.* updates a buffer a second time", model="normed", after="checkpoint", number=1)
+def buffer_updated_by_a_repetition(graph: TrainGraph) -> None:
+    """What the module stores is the statistics of the second time."""
+    again = recomputed(graph, aten._native_batch_norm_legit_functional.default)
+    with graph.inserting(again.next, "backward") as insert:
+        mean = insert(operator.getitem, again, 3)
+    mean.meta["recomputed"] = "getitem"
+    results = list(graph.outputs("forward"))
+    index = next(i for i, r in enumerate(graph.results) if r.name.endswith("running_mean"))
+    results[index] = mean
+    graph.set_outputs(forward=results)
+
+
+@fault(0, "reads buffer .*running_mean after its update", model="normed", number=1)
+def repetition_reads_an_updated_buffer(graph: TrainGraph) -> None:
+    again = recomputed(graph, aten._native_batch_norm_legit_functional.default)
+    name = next(r.name for r in graph.results if r.name.endswith("running_mean"))
+    set_arg(again, 3, graph.placeholder("buffer", name))
+
+
+@fault(1, "gelu.* of the forward is said to be computed again", number=1)
+def forward_said_to_be_a_repetition(graph: TrainGraph) -> None:
+    find(graph, aten.gelu.default, region="forward").meta["recomputed"] = "gelu"
 
 
 @fault(3, "reads wait_default.*, which the forward does not save")

@@ -74,6 +74,22 @@ class BatchNorm(nn.Module):
         return F.mse_loss(self.norm(self.first(x)), target)
 
 
+class Normed(nn.Module):
+    """Repeated layers whose running statistics the forward updates."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.Tanh())
+            for _ in range(2)
+        )
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return F.mse_loss(x, target)
+
+
 class Partly(nn.Module):
     """Two heads and two losses; the backward of "loss" alone leaves `other` without a gradient."""
 
@@ -108,6 +124,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "blocks": Blocks,
     "mlp": Mlp,
     "batch_norm": BatchNorm,
+    "normed": Normed,
     "partly": Partly,
     "half": Blocks,
     "lamb": Blocks,

@@ -21,7 +21,7 @@ and a small one in the bucket of its block costs none.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -83,7 +83,7 @@ def within(layout: Layout, limits: Limits) -> Layout:
             found = together.pop((bucket.dtype, bucket.trainable), [])
             for piece in cut(found, limits.bucket):
                 members.append((label_of([param.name for param in piece]), True, piece))
-    return packed(layout.world, members, layout.groups)
+    return replace(packed(layout.world, members, layout.groups), blocks=layout.blocks)
 
 
 def cut(params: Sequence[Param], size: int) -> Iterator[list[Param]]:

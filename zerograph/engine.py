@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from zerograph.checkpointing import configured
 from zerograph.client import Given
 from zerograph.config import ZeroConfig, load_config
 from zerograph.errors import PlanError
@@ -67,7 +68,7 @@ def compile(
     Raises ConfigError for the config, PlanError for the model or groups, AgreementError if ranks differ (also
     in what runs their kernels, and how), KernelError for a wrong ZEROGRAPH_KERNELS or launch table.
     """
-    loaded = load_config(config)
+    loaded = configured(load_config(config))
     return Engine(model, loaded, current_world(device), param_groups, optimizer)
 
 

@@ -23,7 +23,8 @@ and its output is a dict: "forward" (what the forward returns, then what it stor
 of parameters and inputs; after `reduce`, the kept gradients, or of those that the backward applies the
 sums of squares), "step" (the gradient norm).
 
-Facts about a node are written when it is inserted, in `node.meta`: `region`, `role`, `module`.
+Facts about a node are written when it is inserted, in `node.meta`: `region`, `role`, `module`; `checkpoint`,
+the checkpointed region that it is in; `recomputed`, the name of the forward's node that it repeats.
 """
 
 import functools
@@ -256,6 +257,16 @@ def module_of(node: fx.Node) -> str:
     return cast(str, node.meta.get("module", ""))
 
 
+def checkpoint_of(node: fx.Node) -> str:
+    """The checkpointed region that a node of the forward, or its repetition, is in; empty for none."""
+    return cast(str, node.meta.get("checkpoint", ""))
+
+
+def is_recomputed(node: fx.Node) -> bool:
+    """Whether a node of the backward repeats one of the forward."""
+    return "recomputed" in node.meta
+
+
 def bucket_of(node: fx.Node) -> str:
     """The bucket that a zero.* node works on; empty for one of several, and for other nodes."""
     if node.op == "placeholder":
@@ -284,6 +295,28 @@ def is_call(node: fx.Node, *targets: OpOverload) -> bool:
     return node.op == "call_function" and node.target in targets
 
 
+def is_random(node: fx.Node) -> bool:
+    """Whether a node draws random numbers; attention with a dropout of zero draws none."""
+    target: Any = node.target
+    if torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ()):
+        return False
+    given = dict(zip((a.name for a in _schema(node).arguments), node.args)) | dict(node.kwargs)
+    default = {a.name: a.default_value for a in _schema(node).arguments}
+    return bool({**default, **given}.get("dropout_p") != 0.0)
+
+
+def is_pure(node: fx.Node) -> bool:
+    """Whether a node's result follows from its arguments alone, and it does nothing else."""
+    if node.op == "get_attr" or getattr(node.target, "__name__", "") == "getitem":
+        return True
+    target = node.target
+    if not isinstance(target, OpOverload) or "c10d" in target.namespace:
+        return False
+    if ops.is_zero(target):
+        return target in (ops.checkpoint, ops.param)
+    return not is_random(node) and not target._schema.is_mutable
+
+
 def is_view(node: fx.Node) -> bool:
     """Whether a node's result shares storage with its first argument and writes nothing."""
     if node.op != "call_function":
@@ -306,6 +339,7 @@ def _makes_views(target: object) -> bool:
 
 _VIEWS_WITHOUT_ALIAS_INFO: tuple[object, ...] = (
     torch.ops.aten._unsafe_view.default,
+    ops.checkpoint,
     ops.param,
     ops.refreshed,
     ops.wait,
@@ -334,8 +368,7 @@ def _has_effect(node: fx.Node) -> bool:
         return target in ops.EFFECTS
     if not isinstance(target, OpOverload):
         return False
-    seeded = torch.Tag.nondeterministic_seeded in target.tags
-    return seeded or target._schema.is_mutable
+    return is_random(node) or target._schema.is_mutable
 
 
 def map_tensors(value: Any, function: Callable[[torch.Tensor], Any]) -> list[Any]:

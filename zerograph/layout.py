@@ -105,6 +105,8 @@ class Layout:
     buckets: Mapping[str, Bucket]
     groups: tuple[Mapping[str, Any], ...] = field(default=({},))
     """Optimizer options that differ from the config's, per parameter group."""
+    blocks: tuple[str, ...] = ()
+    """Names of the repeated layers, in the order of the model."""
 
     def trainable_buckets(self) -> list[Bucket]:
         return [bucket for bucket in self.buckets.values() if bucket.trainable]
@@ -166,7 +168,8 @@ def layout_of(
             group=group_of.get(name, 0),
         )
         members.setdefault((blocks[name], param.trainable, param.dtype), []).append(param)
-    return packed(world, [(block, False, found) for (block, *_), found in members.items()], groups)
+    whole = [(block, False, found) for (block, *_), found in members.items()]
+    return replace(packed(world, whole, groups), blocks=tuple(repeated_blocks(model)))
 
 
 def packed(

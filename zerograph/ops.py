@@ -4,6 +4,7 @@ Each has a schema and a fake implementation (shapes only); none has a real one. 
 TrainGraph between the `shard` pass that brings the first of them and the `lower` pass that turns
 them into collectives and kernels. `world` is a number of ranks; no operator knows a rank.
 
+    checkpoint      a value that enters a checkpointed region: kept for the backward, which recomputes from it
     gather          start an all-gather of a bucket's shards; the result is pending until waited for; with
                     `ahead` it is the one that the step before has started, if it has
     gather_ahead    start that all-gather, for the next forward
@@ -58,6 +59,11 @@ def _define(schema: str) -> Callable[[Callable[..., Any]], OpOverload]:
         return overload
 
     return register
+
+
+@_define("checkpoint(Tensor value, str region) -> Tensor")
+def checkpoint(value: Tensor, region: str) -> Tensor:
+    return torch.empty_like(value)
 
 
 @_define("gather(Tensor shard, str bucket, int world, bool ahead=False) -> Tensor")

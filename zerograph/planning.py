@@ -21,6 +21,7 @@ from zerograph.ir import TrainGraph
 from zerograph.layout import layout_of
 from zerograph.optimizer import OptimizerSpec, optimizer_of
 from zerograph.passes import (
+    Checkpoint,
     Gather,
     InPlace,
     Normalize,
@@ -36,6 +37,7 @@ from zerograph.passes import (
 from zerograph.passes.reduce import Average
 from zerograph.plan import Plan
 from zerograph.precision import precision_of
+from zerograph.recompute import Budget
 from zerograph.trace import Trace, trace
 
 
@@ -153,6 +155,7 @@ def passes_for(
     early = [UpdateInBackward()] if config.compile.update_in_backward else []
     return [
         Normalize(recast=zero.stage == 3),
+        Checkpoint(config.activation_checkpointing.number_checkpoints or 0, _budget_of(config)),
         Specialize(arriving),
         Scale(),
         Shard(zero.stage, limits_of(config)),
@@ -178,6 +181,11 @@ def passes_for(
             across=across,
         ),
     ]
+
+
+def _budget_of(config: ZeroConfig) -> Budget | None:
+    value = config.compile.activation_budget
+    return None if value is None else Budget(value)
 
 
 def average_of(config: ZeroConfig, world: int) -> Average:

@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 
 from zerograph import compat, ir
+from zerograph.boundaries import mark_captured
 from zerograph.effects import Reads, reads_of, refuse_lost_writes
 from zerograph.errors import CaptureError
 from zerograph.explain import explained
@@ -168,6 +169,7 @@ def _trace_of(
         sizes=sizes,
     )
     write_origins(graph)
+    mark_captured(graph)
     compute_sizes(graph, captured)
     require_gradients(graph, model)
     position = {path: index for index, path in reversed(list(enumerate(names.paths)))}

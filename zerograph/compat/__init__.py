@@ -8,6 +8,7 @@ is mended here and nowhere else:
                  torch._dynamo.variables.torch.tracing_state_functions, torch._dynamo.config
                  torch._functorch.aot_autograd.aot_export_joint_with_descriptors, _aot_autograd.descriptors
                  torch._subclasses.fake_tensor.FakeTensorMode
+    checkpoint.py  node.meta: ac_graph_id, recompute
     effects.py   torch._dynamo.functional_export.fullgraph_capture and the guards of what it makes
                  torch._dynamo.side_effects.SideEffects: codegen_save_tempvars, _get_modified_vars
     symbols.py   torch._dynamo.maybe_mark_dynamic, TracingContext.tensor_to_context
@@ -33,6 +34,7 @@ from torch._functorch._aot_autograd.descriptors import (
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from zerograph.compat.capture import Captured, capture, export_joint, new_fake_mode, user_frames
+from zerograph.compat.checkpoint import checkpoint_call, policy_keeps
 from zerograph.compat.effects import Effects, Read, Write
 from zerograph.compat.logs import trace_text
 from zerograph.compat.runtime import (
@@ -74,6 +76,7 @@ __all__ = [
     "Unsupported",
     "Write",
     "capture",
+    "checkpoint_call",
     "clear_saved",
     "default_store",
     "exact",
@@ -89,6 +92,7 @@ __all__ = [
     "new_fake_mode",
     "new_size",
     "optimizer_hooks",
+    "policy_keeps",
     "show",
     "sizes_of",
     "symbol_of",

@@ -140,6 +140,7 @@ class Compile(Section):
     weighted_accumulation: bool = False
     update_in_backward: bool = False
     gathered_budget: Count | None = None
+    activation_budget: Annotated[Number, Field(ge=0)] | None = None
     deepcompile: bool = False
     free_activation: bool = False
     free_activation_threshold: Count = 10_485_760

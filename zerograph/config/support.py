@@ -29,7 +29,8 @@ _PRECISION = (
     ),
     *built("bf16.check_grad_overflow communication_data_type data_types.grad_accum_dtype"),
     *built("prescale_gradients gradient_predivide_factor gradient_allreduce_op"),
-    *built("compile.weighted_accumulation compile.update_in_backward compile.gathered_budget"),
+    *built("compile.weighted_accumulation compile.update_in_backward"),
+    *built("compile.gathered_budget compile.activation_budget"),
     *refused(
         under("bf16", "bf16_master_weights_and_grads bf16_optimizer_states"),
         "master weights and optimizer states are fp32",
@@ -67,18 +68,22 @@ _REST = (
     *refused(
         under(
             "activation_checkpointing",
-            "partition_activations contiguous_memory_optimization cpu_checkpointing "
-            "synchronize_checkpoint_boundary profile",
+            "partition_activations contiguous_memory_optimization cpu_checkpointing",
         ),
-        "activations are kept whole on the device, and nothing is recomputed",
+        "checkpoints are kept whole, on the device, each in a storage of its own",
         OFF,
         False,
     ),
-    *refused(
-        "activation_checkpointing.number_checkpoints",
-        "activations are kept whole on the device, and nothing is recomputed",
-        "leave it out",
-        None,
+    *built("activation_checkpointing.number_checkpoints"),
+    *advises(
+        "activation_checkpointing.synchronize_checkpoint_boundary",
+        "regions are parts of one graph, and no call at a boundary can wait for the device",
+        False,
+    ),
+    *advises(
+        "activation_checkpointing.profile",
+        "plan.timeline() predicts the time of every node, and zerograph.record(engine) measures it",
+        False,
     ),
     *advises("aio", "nothing is read from or written to NVMe"),
     *refused(

@@ -34,6 +34,7 @@ from zerograph.ir import (
     bucket_of,
     is_ahead,
     is_call,
+    is_recomputed,
     is_view,
     module_of,
     region_of,
@@ -157,6 +158,8 @@ class Lifetimes:
     def _category(self, node: fx.Node) -> str:
         if is_call(node, ops.gather, ops.gather_ahead):
             return "gathered"
+        if is_recomputed(node):
+            return "recomputed"
         reduces = is_call(node, ops.grad_buffer, ops.reduce_scatter, ops.accumulate, ops.squares)
         return "gradients" if reduces or region_of(node) == "step" else "activations"
 

@@ -25,8 +25,12 @@ CATEGORIES = (
     "inputs",
     "gathered",
     "activations",
+    "recomputed",
 )
-"""What bytes are for; "activations" are all computed values that are none of the others."""
+"""What bytes are for; "activations" are all computed values that are none of the others.
+
+"recomputed" are the values of the forward that the backward computes again.
+"""
 
 
 @dataclass(frozen=True)

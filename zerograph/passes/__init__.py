@@ -1,5 +1,6 @@
 """One pass a file; the file's name is the pass's name in logs, on the command line and in goldens."""
 
+from zerograph.passes.checkpoint import Checkpoint
 from zerograph.passes.gather import Gather
 from zerograph.passes.in_place import InPlace
 from zerograph.passes.normalize import Normalize
@@ -13,6 +14,7 @@ from zerograph.passes.update import Update
 from zerograph.passes.update_in_backward import UpdateInBackward
 
 __all__ = [
+    "Checkpoint",
     "Gather",
     "InPlace",
     "Normalize",

@@ -25,6 +25,11 @@ CHANNELS = {"gathers": (ops.gather,), "reductions": (ops.reduce_scatter, ops.all
 Handler = Callable[["Builder", fx.Node], fx.Node | None]
 
 
+def _checkpoint(b: "Builder", node: fx.Node) -> fx.Node:
+    value: fx.Node = b.args(node)[0]
+    return value
+
+
 def _gather(b: "Builder", node: fx.Node) -> fx.Node:
     shard, bucket, *_ = b.args(node)
     if is_ahead(node) and b.graph.world > 1:
@@ -225,6 +230,7 @@ def _gather_ahead(b: "Builder", node: fx.Node) -> fx.Node | None:
 
 
 HANDLERS: dict[Any, Handler] = {
+    ops.checkpoint: _checkpoint,
     ops.gather: _gather,
     ops.wait: _wait,
     ops.param: _param,

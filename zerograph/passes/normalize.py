@@ -38,7 +38,7 @@ class Normalize:
         removed = _remove_identities(graph)
         copied = _copy_outputs(graph)
         remade = _remake_views(graph, self.recast)
-        kept = _keep_old_buffers(graph)
+        kept = keep_old_buffers(graph)
         return (
             f"{removed} identities removed, {remade} views remade, "
             f"{copied} outputs and {kept} buffers copied"
@@ -105,7 +105,7 @@ def _again(
     return made[view]
 
 
-def _keep_old_buffers(graph: TrainGraph) -> int:
+def keep_old_buffers(graph: TrainGraph) -> int:
     """A buffer that is updated after the forward and read by the backward is read as a copy."""
     updated = {r.name for r in graph.results if r.kind == "update"}
     copied = 0

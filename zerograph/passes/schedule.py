@@ -24,7 +24,7 @@ order of collectives follows from the graph alone.
 
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import ClassVar, cast
+from typing import ClassVar
 
 from torch import fx
 

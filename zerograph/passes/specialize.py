@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from zerograph import compat
-from zerograph.ir import TrainGraph, is_call, module_of, region_of, role_of
+from zerograph.ir import TrainGraph, is_call, is_random, module_of, region_of, role_of
 
 
 @dataclass(frozen=True)
@@ -114,16 +114,11 @@ def _drop_gradients(graph: TrainGraph, zeros: set[fx.Node]) -> None:
 def _erase_unused(graph: TrainGraph, absent: list[fx.Node]) -> None:
     """Erase what only led to dropped gradients, then the placeholders of absent ones."""
     for node in reversed(graph.nodes("backward")):
-        if not node.users and not _is_random(node):
+        if not node.users and not is_random(node):
             graph.graph.erase_node(node)
     for tangent in absent:
         if not tangent.users:
             graph.graph.erase_node(tangent)
-
-
-def _is_random(node: fx.Node) -> bool:
-    target: Any = node.target
-    return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
 
 
 def _without_gradient(graph: TrainGraph) -> tuple[str, ...]:

@@ -7,7 +7,16 @@ from torch import fx
 
 from zerograph.collectives import ALGORITHMS
 from zerograph.cost import memory_of, nbytes, traffic_of
-from zerograph.ir import REGIONS, Region, TrainGraph, module_of, region_of, role_of
+from zerograph.ir import (
+    REGIONS,
+    Region,
+    TrainGraph,
+    is_recomputed,
+    is_view,
+    module_of,
+    region_of,
+    role_of,
+)
 from zerograph.precision import short
 from zerograph.text.names import Names, folded_names, is_kept, names_of
 from zerograph.text.nodes import Line, line_of, type_of
@@ -50,6 +59,8 @@ def summary(graph: TrainGraph) -> str:
     parts.append(f"states {size(memory.states)}")
     parts.append(f"gathered {size(memory.gathered)}")
     parts.append(f"saved {size(memory.saved)}")
+    recomputed = sum(is_recomputed(node) and not is_view(node) for node in graph.nodes("backward"))
+    parts += [f"recomputed {recomputed} ops"] if recomputed else []
     parts.append(f"peak {size(memory.peak)}")
     return "summary  " + "  ".join(parts)
 
@@ -142,6 +153,8 @@ def _skeleton(nodes: list[fx.Node], names: Names) -> list[Line]:
     for node in nodes:
         if is_kept(node):
             found.append(line_of(node, names))
-        elif not found or found[-1].text != "  ...":
-            found.append(Line("  ...", region_of(node), module_of(node)))
+        else:
+            folded = "  ... recomputed" if is_recomputed(node) else "  ..."
+            if not found or found[-1].text != folded:
+                found.append(Line(folded, region_of(node), module_of(node)))
     return found

@@ -59,7 +59,7 @@ def is_kept(node: fx.Node) -> bool:
 
 def _zero_name(node: fx.Node, names: Names) -> str:
     first = node.args[0]
-    if is_call(node, ops.wait, ops.put, ops.refreshed):
+    if is_call(node, ops.checkpoint, ops.wait, ops.put, ops.refreshed):
         return names[cast(fx.Node, first)]
     if is_call(node, ops.param):
         return f"%{node.args[1]}"

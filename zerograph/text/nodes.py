@@ -10,8 +10,16 @@ from torch._ops import OpOverload
 from zerograph import ops
 from zerograph.codegen.in_place import is_in_place
 from zerograph.compat import SYMBOLIC
-from zerograph.cost import collective_bytes
-from zerograph.ir import bucket_of, is_ahead, is_call, map_tensors, module_of, region_of
+from zerograph.cost import collective_bytes, nbytes
+from zerograph.ir import (
+    bucket_of,
+    is_ahead,
+    is_call,
+    is_recomputed,
+    map_tensors,
+    module_of,
+    region_of,
+)
 from zerograph.precision import short
 from zerograph.text.names import Names
 from zerograph.units import size
@@ -36,9 +44,10 @@ def line_of(node: fx.Node, names: Names) -> Line:
         body = _zero_line(node, names)
         moves = is_call(node, *ops.COLLECTIVES, ops.gather_ahead)
         note = size(collective_bytes(node)) if moves else ""
+        note = size(nbytes(node)) if is_call(node, ops.checkpoint) else note
     else:
         body = f"{names[node]}: {type_of(node, names)} = {_call(node, names)}"
-        note = module_of(node)
+        note = f"recomputed {module_of(node)}" if is_recomputed(node) else module_of(node)
     shown = f"  {body:<68}  # {note}" if note else f"  {body}"
     return Line(shown, region_of(node), module_of(node), bucket_of(node))
 
@@ -61,6 +70,8 @@ def _zero_line(node: fx.Node, names: Names) -> str:
         return f"{name} = {target} {args[1]}" + (" ahead" if is_ahead(node) else "")
     if is_call(node, ops.gather_ahead):
         return f"{target} {args[1]}"
+    if is_call(node, ops.checkpoint):
+        return f'{target} {first} "{args[1]}"'
     if is_call(node, ops.wait, ops.release, ops.refreshed):
         return f"{target} {first}"
     if is_call(node, ops.param):

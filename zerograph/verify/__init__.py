@@ -23,6 +23,7 @@ CHECKS: tuple[tuple[frozenset[str], Check], ...] = (
     (_HAS(), values.regions_in_order),
     (_HAS(), values.values_in_order),
     (_HAS(), values.no_repeated_effects),
+    (_HAS(), values.recomputed_is_pure),
     (_HAS({"normal"}), values.saved_is_no_parameter),
     (_HAS({"normal"}), values.results_are_no_parameter),
     (_HAS({"normal"}), values.old_buffers_are_kept),

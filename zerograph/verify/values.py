@@ -3,11 +3,20 @@
 from collections import Counter
 from collections.abc import Iterator
 
-import torch
 from torch import fx
 
 from zerograph import ops
-from zerograph.ir import REGIONS, TrainGraph, is_call, region_of, role_of, view_root
+from zerograph.ir import (
+    REGIONS,
+    TrainGraph,
+    is_call,
+    is_pure,
+    is_random,
+    is_recomputed,
+    region_of,
+    role_of,
+    view_root,
+)
 
 
 def regions_in_order(graph: TrainGraph) -> Iterator[str]:
@@ -28,16 +37,25 @@ def values_in_order(graph: TrainGraph) -> Iterator[str]:
 
 def no_repeated_effects(graph: TrainGraph) -> Iterator[str]:
     """The backward draws no random numbers of the forward's again."""
-    drawn = Counter(
-        n.meta.get("seq_nr")
-        for n in graph.nodes()
-        if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())
-        and n.meta.get("seq_nr") is not None
-    )
-    for node in graph.nodes("backward"):
-        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        if random and drawn[node.meta.get("seq_nr")] > 1:
+    random = [n for n in graph.nodes() if is_random(n) and n.meta.get("seq_nr") is not None]
+    drawn = Counter(node.meta["seq_nr"] for node in random)
+    for node in random:
+        if region_of(node) == "backward" and drawn[node.meta["seq_nr"]] > 1:
             yield f"{node.name} repeats a random operation of the forward"
+
+
+def recomputed_is_pure(graph: TrainGraph) -> Iterator[str]:
+    """What the backward computes again draws nothing, writes nothing, communicates nothing, and is of now."""
+    stored = {n for r, n in zip(graph.results, graph.outputs("forward")) if r.kind != "output"}
+    for node in graph.nodes():
+        if not is_recomputed(node):
+            continue
+        if region_of(node) != "backward":
+            yield f"{node.name} of the {region_of(node)} is said to be computed again"
+        if node in stored:
+            yield f"{node.name} updates a buffer a second time"
+        if not is_pure(node):
+            yield f"{node.name} in the backward does again what must be done once"
 
 
 def saved_is_no_parameter(graph: TrainGraph) -> Iterator[str]:

@@ -15,16 +15,25 @@ from torch import Tensor, fx, nn
 
 from tests import models, tiny
 from tests.partitioner import kept_by_torch
+from zerograph.cost import work_of
 from zerograph.errors import PlanError
-from zerograph.ir import TrainGraph, is_random, is_view, role_of
-from zerograph.passes import Normalize
-from zerograph.recompute import Chooser, choose
+from zerograph.ir import (
+    TrainGraph,
+    eliminate_dead_code,
+    is_call,
+    is_random,
+    is_recomputed,
+    is_view,
+    role_of,
+)
+from zerograph.passes import Checkpoint, Normalize, Specialize
+from zerograph.recompute import Budget, Chooser, choose
 from zerograph.recompute.choose import Solver
 from zerograph.recompute.curve import LIMIT, add, pareto
 from zerograph.recompute.cut import hull
 from zerograph.recompute.exact import solve, width
 from zerograph.recompute.pieces import pieces_of
-from zerograph.recompute.problem import Op, Problem, Value
+from zerograph.recompute.problem import Op, Problem, Value, key_of, nbytes_of
 
 aten = torch.ops.aten
 
@@ -217,6 +226,31 @@ def test_the_backward_has_the_same_bits_from_what_is_kept(name: str) -> None:
         for gradient in graph.outputs("backward"):
             assert gradient is not None
             torch.testing.assert_close(again[gradient], known[gradient], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["blocks", "batch_norm", "llama", "gpt2"])
+def test_the_pass_keeps_and_repeats_what_was_chosen(name: str) -> None:
+    """The bytes that the forward saves, and the FLOPs of what the backward runs again."""
+    found = chooser(name)
+    for fraction in (0.0, 0.4, 0.8):
+        chosen = found.choose(found.budget(fraction))
+        graph = normal(name).copy()
+        Checkpoint(choose=Budget(fraction)).apply(graph)
+        eliminate_dead_code(graph)
+        Specialize().apply(graph)
+        results = {key_of(node) for node in graph.outputs("forward") if node is not None}
+        saved = {key_of(node) for node in graph.outputs("saved") if node is not None}
+        saved = {key for key in saved - results if key[0].op == "call_function"}
+        old = {key for key in saved if is_call(key[0], aten.clone.default) and is_buffer(key[0])}
+        assert sum(map(nbytes_of, saved - old)) == chosen.nbytes <= found.budget(fraction)
+        again = [node for node in graph.nodes("backward") if is_recomputed(node)]
+        assert sum(work_of(node).flops for node in again) == chosen.flops
+        assert not any(map(is_random, again))
+
+
+def is_buffer(copied: fx.Node) -> bool:
+    source = copied.all_input_nodes[0]
+    return source.op == "placeholder" and role_of(source).kind == "buffer"
 
 
 def test_masks_are_kept_at_every_budget_and_nothing_random_is_repeated() -> None:

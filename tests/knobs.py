@@ -312,8 +312,8 @@ KNOBS = (
     ),
     Knob(
         "compile.activation_budget",
-        "The forward keeps half of what it could do without (above 1: so many bytes), chosen so that the "
-        "FLOPs computed again are least.",
+        "What the forward keeps is chosen: so many bytes, or, up to 1, a fraction of the way from the least "
+        "that works to all, so that the FLOPs computed again are least.",
         base(),
         base(compile={"activation_budget": 0.5}),
     ),

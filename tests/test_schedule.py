@@ -45,7 +45,7 @@ def scheduled(
     """The plan of stage 3 with the schedule's bounds, verified after each pass."""
     graph = trace.graph.copy()
     zero = {"stage": 3, "stage3_max_live_parameters": max_live}
-    zero |= {"stage3_prefetch_bucket_size": prefetch, "stage3_max_reuse_distance": reuse}
+    zero |= {"stage3_max_reuse_distance": reuse}  # with a size to prefetch blocks would be cut as well
     given = tiny.config(3, zero_optimization=zero)
     if not optimizer:
         del given["optimizer"]
@@ -53,7 +53,8 @@ def scheduled(
     spec = optimizer_of(config, graph.layout) if optimizer else None
     *passes, last = passes_for(config, graph, default_arriving(graph), spec)
     assert isinstance(last, Schedule)
-    last = replace(last, across=across, reach=last.reach if reach is None else reach)
+    reach = last.reach if reach is None else reach
+    last = replace(last, prefetch=prefetch, across=across, reach=reach)
     passes = [replace(each, across=across) if isinstance(each, Gather) else each for each in passes]
     pipeline.run(graph, [*passes, last], keep_text=False)
     return graph

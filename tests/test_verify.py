@@ -35,9 +35,10 @@ class Fault:
     after: str = "schedule"
     model: str = "blocks"
     accumulation: int = 1
+    groups: str = ""
 
     def broken(self) -> tuple[TrainGraph, frozenset[str]]:
-        graph, provided = good(self.stage, self.after, self.model, self.accumulation)
+        graph, provided = good(self.stage, self.after, self.model, self.accumulation, self.groups)
         self.edit(graph)
         return graph, provided
 
@@ -53,24 +54,32 @@ def fault(stage: int, says: str, **more: Any) -> Callable[..., Any]:
     return register
 
 
-_good: dict[tuple[int, str, str, int], tuple[TrainGraph, frozenset[str]]] = {}
+GROUPS = {"": {}, "mics": {"mics_shard_size": 4}, "hpz": {"zero_hpz_partition_size": 4}}
+_good: dict[tuple[int, str, str, int, str], tuple[TrainGraph, frozenset[str]]] = {}
 
 
 def good(
-    stage: int, after: str = "schedule", model: str = "blocks", accumulation: int = 1
+    stage: int,
+    after: str = "schedule",
+    model: str = "blocks",
+    accumulation: int = 1,
+    groups: str = "",
 ) -> tuple[TrainGraph, frozenset[str]]:
     """A copy of the finished graph, or of the one after the pass `after`; and what it provides.
 
     With several backwards a step (`accumulation`) stages 0 and 1 reduce in the step.
     """
-    key = (stage, after, model, accumulation)
+    key = (stage, after, model, accumulation, groups)
     if key not in _good:
         graph = tiny.trace_of(model, WORLD).graph.copy()
         batch = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": accumulation,
         }
-        config = load_config(tiny.config(stage, **batch, **tiny.GIVEN.get(model, {})))
+        given = tiny.config(stage, **batch, **tiny.GIVEN.get(model, {}))
+        given["zero_optimization"] |= GROUPS[groups]
+        config = load_config(given)
+        graph.layout = graph.layout.over(config.mesh(WORLD))
         spec = optimizer_of(config, graph.layout)
         passes = passes_for(config, graph, default_arriving(graph), spec)
         names = [each.name for each in passes]
@@ -977,6 +986,68 @@ def norms_of_some_ranks(graph: TrainGraph) -> None:
     set_arg(find(graph, ops.gather_norms), 1, 4)
 
 
+# Axes
+
+
+@fault(3, "the gather_partials in the step is over dp_replicate, not dp_shard", groups="mics")
+def norm_along_the_copies(graph: TrainGraph) -> None:
+    partials = find(graph, ops.gather_partials)
+    set_arg(partials, 1, 2)
+    partials.kwargs = {"axis": "dp_replicate"}
+
+
+@fault(3, "the gather of b1 in the forward is over all ranks, not dp_shard", groups="mics")
+def gathered_from_the_copies_too(graph: TrainGraph) -> None:
+    gather = gather_of(graph, "b1", "forward")
+    set_arg(gather, 2, WORLD)
+    gather.kwargs = {}
+
+
+@fault(3, "the gather of b1 .* is over nodes, not node", groups="hpz")
+def slice_gathered_across_nodes(graph: TrainGraph) -> None:
+    gather = gather_of(graph, "b1", "backward")
+    set_arg(gather, 2, 2)
+    gather.kwargs = {"axis": "nodes"}
+
+
+@fault(3, "the partition of b1 in the forward is of shard_b1, which is not gathered", groups="hpz")
+def slice_of_a_shard(graph: TrainGraph) -> None:
+    set_arg(find(graph, ops.partition, "b1"), 0, graph.placeholder("shard", "b1"))
+
+
+@fault(3, "the partition of b1 in the forward is not kept for the backward", groups="hpz")
+def slice_that_is_not_kept(graph: TrainGraph) -> None:
+    unsave(graph, find(graph, ops.partition, "b1"))
+
+
+@fault(3, "reads the partition of b1 .*, which is for gathers of the backward", groups="hpz")
+def slice_read_by_the_forward(graph: TrainGraph) -> None:
+    made = find(graph, ops.partition, "b1")
+    with graph.inserting(made.next, "forward") as insert:
+        insert(aten.mul.Tensor, made, 2.0)
+
+
+@fault(3, "partition.* reads bucket b1 after its release", groups="hpz")
+def slice_behind_the_release(graph: TrainGraph) -> None:
+    full = gathered(graph, "b1")
+    release = next(user for user in full.users if is_call(user, ops.release))
+    move(find(graph, ops.partition, "b1"), release.next)
+
+
+@fault(3, "the gradients of b1 go to .* without those of the other copies", groups="mics")
+def copies_that_drift_apart(graph: TrainGraph) -> None:
+    start = find(graph, ops.all_reduce, "b1")
+    drop(graph, wait_of(start), start.args[0])
+    drop(graph, start)
+
+
+@fault(3, "bucket b1 is reduced 0 times in the step", groups="mics", accumulation=2)
+def copies_that_drift_apart_in_the_step(graph: TrainGraph) -> None:
+    start = find(graph, ops.all_reduce, "b1")
+    drop(graph, wait_of(start), start.args[0])
+    drop(graph, start)
+
+
 # The tests
 
 
@@ -990,6 +1061,14 @@ def test_good_plan_passes(stage: int, model: str, accumulation: int) -> None:
     before = text(graph, "schedule")
     verify.verify(graph, provided, "nothing")
     assert text(graph, "schedule") == before
+
+
+@pytest.mark.parametrize("model", ["blocks", "partly", "half", "lamb"])
+@pytest.mark.parametrize("groups", ["mics", "hpz"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_good_plan_of_groups_passes(groups: str, model: str, accumulation: int) -> None:
+    graph, provided = good(3, model=model, accumulation=accumulation, groups=groups)
+    verify.verify(graph, provided, "nothing")
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -8,19 +8,21 @@
 A bucket is the unit of storage and of communication: one block's parameters (a repeated layer, or
 the run of parameters before, between or after the repeated layers), one dtype, trainable apart from
 frozen. Rank r owns the r-th of `world` equal slices ("flat parameter" of ZeRO, arXiv:1910.02054
-section 5, in the per-block form of FSDP, arXiv:2304.11277 section 3.2). The layout reads shapes and
+section 5, in the per-block form of FSDP, arXiv:2304.11277 section 3.2); with copies (mesh.py) the slices are
+fewer than the ranks. The layout reads shapes and
 dtypes only, so a model on the meta device and a real one have the same layout.
 """
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from zerograph.errors import PlanError
+from zerograph.mesh import Mesh
 from zerograph.precision import Precision
 
 ALIGN_BYTES = 128
@@ -87,13 +89,26 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Layout:
-    """All parameters and buckets of a model for one world size. Immutable, the same on all ranks."""
+    """All parameters and buckets of a model for one mesh of ranks. Immutable, the same on all ranks."""
 
-    world: int
+    mesh: Mesh
     params: Mapping[str, Param]
     buckets: Mapping[str, Bucket]
     groups: tuple[Mapping[str, Any], ...] = field(default=({},))
     """Optimizer options that differ from the config's, per parameter group."""
+
+    @property
+    def world(self) -> int:
+        """How many slices a bucket is cut into: the ranks that hold all of it together."""
+        return self.mesh.slices
+
+    def over(self, mesh: Mesh) -> "Layout":
+        """The same buckets, cut over another mesh of as many ranks."""
+        assert mesh.world == self.mesh.world, "buckets are padded for the number of ranks"
+        if mesh == self.mesh:
+            return self
+        cut = {name: replace(b, world=mesh.slices) for name, b in self.buckets.items()}
+        return replace(self, mesh=mesh, buckets=cut)
 
     def trainable_buckets(self) -> list[Bucket]:
         return [bucket for bucket in self.buckets.values() if bucket.trainable]
@@ -169,7 +184,7 @@ def layout_of(
             offset = _round_up(offset + tensor.numel(), align)
         numel = max(_round_up(offset, world * PAD_ELEMENTS), world * PAD_ELEMENTS)
         buckets[bucket] = Bucket(bucket, block, dtype, trainable, tuple(in_bucket), numel, world)
-    return Layout(world, params, buckets, groups)
+    return Layout(Mesh.flat(world), params, buckets, groups)
 
 
 def block_of_each(model: nn.Module, names: Sequence[str]) -> dict[str, str]:

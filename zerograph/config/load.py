@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from zerograph.config.check import refusals
 from zerograph.config.model import ZeroConfig
 from zerograph.config.problems import problems
+from zerograph.config.zero import groups
 from zerograph.errors import ConfigError
 
 Source = Mapping[str, Any] | str | os.PathLike[str] | ZeroConfig
@@ -90,7 +91,7 @@ def _conflicts(config: ZeroConfig) -> list[str]:
         found.append(
             "compile.weighted_accumulation gives a weighted mean; leave gradient_allreduce_op out"
         )
-    return found
+    return found + groups(config.zero_optimization)
 
 
 def _raise_any(found: list[str], name: str) -> None:

@@ -178,12 +178,12 @@ def _unread(graph: TrainGraph) -> int:
     present = {
         role_of(n).name for n in graph.placeholders() if role_of(n).kind in ("full", "shard")
     }
-    share = graph.world if graph.stage == 3 else 1
+    share = graph.layout.world if graph.stage == 3 else 1
     return sum(b.nbytes // share for b in graph.layout.buckets.values() if b.name not in present)
 
 
 def _padding(graph: TrainGraph) -> int:
-    share = graph.world if graph.stage == 3 else 1
+    share = graph.layout.world if graph.stage == 3 else 1
     total = 0
     for bucket in graph.layout.buckets.values():
         used = sum(p.numel for p in graph.layout.bucket_params(bucket.name))

@@ -21,6 +21,7 @@ The wait of a reduction moves behind the start of the next `in_flight - 1` reduc
 order of collectives follows from the graph alone.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import ClassVar, cast
@@ -60,18 +61,18 @@ class Schedule:
 
     def _sink(self, graph: TrainGraph) -> int:
         """Move each reduction's wait, and the accumulation behind it, later in the backward."""
-        kinds = (ops.reduce_scatter, ops.all_reduce)
-        starts = [n for n in graph.nodes("backward") if is_call(n, *kinds)]
         if self.in_flight < 2:
             return 0
-        for index, start in enumerate(starts):
-            wait = _wait_of(start)
-            accumulated = next(iter(wait.users))
-            later = index + self.in_flight - 1
-            place = starts[later].next if later < len(starts) else graph.end("backward")
-            place.prepend(wait)
-            place.prepend(accumulated)
-        return len(starts)
+        sunk = 0
+        for kind in (ops.reduce_scatter, ops.all_reduce):
+            starts = [n for n in graph.nodes("backward") if is_call(n, kind)]
+            for index, start in enumerate(starts):
+                later = index + self.in_flight - 1
+                place = starts[later].next if later < len(starts) else graph.end("backward")
+                for node in _behind(start):
+                    place.prepend(node)
+            sunk += len(starts)
+        return sunk
 
 
 @dataclass
@@ -123,7 +124,7 @@ class _Line:
             gather.args = (shard, bucket, world, True)
             place = max(place, updates.get(cast(str, bucket), place))
             with self.graph.inserting(place.next, "step", gather.meta["module"]) as insert:
-                place = insert(ops.gather_ahead, shard, bucket, world)
+                place = insert(ops.gather_ahead, shard, bucket, world, **gather.kwargs)
         return count
 
     def _count_ahead(self) -> int:
@@ -167,6 +168,14 @@ class _Line:
         if region_of(gather) != region_of(wait):
             gather.meta["region"] = region_of(wait)
             self.graph.save(gather)
+
+
+def _behind(start: fx.Node) -> Iterator[fx.Node]:
+    """What follows the start of a reduction, to the accumulation, all copies' reduction included."""
+    node = start
+    while not is_call(node, ops.accumulate):
+        node = _wait_of(node) if is_call(node, *ops.COLLECTIVES) else next(iter(node.users))
+        yield node
 
 
 def _wait_of(start: fx.Node) -> fx.Node:

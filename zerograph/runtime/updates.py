@@ -92,7 +92,7 @@ class Updates:
             return
         asks = bool(plan.graph.unused)
         if self.chosen is None or (asks and not self.chosen[0].graph.unused):
-            self.chosen = (plan, plan.program("step", self.state.world.group_name))
+            self.chosen = (plan, plan.program("step", self.state.world.name_of))
 
     def received(self, plan: Plan) -> None:
         """A backward of `plan` has run."""

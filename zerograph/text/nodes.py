@@ -11,7 +11,8 @@ from zerograph import ops
 from zerograph.codegen.in_place import is_in_place
 from zerograph.compat import SYMBOLIC
 from zerograph.cost import collective_bytes
-from zerograph.ir import bucket_of, is_ahead, is_call, map_tensors, module_of, region_of
+from zerograph.ir import axis_of, bucket_of, is_ahead, is_call, map_tensors, module_of, region_of
+from zerograph.mesh import named
 from zerograph.precision import short
 from zerograph.text.names import Names
 from zerograph.units import size
@@ -57,10 +58,11 @@ def _zero_line(node: fx.Node, names: Names) -> str:
     target = f"zero.{cast(OpOverload, node.target)._schema.name.partition('::')[2]}"
     name, args = names[node], node.args
     first = _value(args[0], names)
-    if is_call(node, ops.gather):
-        return f"{name} = {target} {args[1]}" + (" ahead" if is_ahead(node) else "")
+    if is_call(node, ops.gather, ops.partition):
+        where = named(f"{target} {args[1]}", axis_of(node))
+        return f"{name} = {where}" + (" ahead" if is_ahead(node) else "")
     if is_call(node, ops.gather_ahead):
-        return f"{target} {args[1]}"
+        return named(f"{target} {args[1]}", axis_of(node))
     if is_call(node, ops.wait, ops.release, ops.refreshed):
         return f"{target} {first}"
     if is_call(node, ops.param):
@@ -78,7 +80,7 @@ def _zero_line(node: fx.Node, names: Names) -> str:
     if is_call(node, ops.finish):
         return f"{name}: {type_of(node, names)} = {target} {_finish_arguments(node, names)}"
     shown = ", ".join(_value(a, names) for a in _shown(node))
-    return f"{name}: {type_of(node, names)} = {target} {shown}"
+    return named(f"{name}: {type_of(node, names)} = {target} {shown}", axis_of(node))
 
 
 def _shown(node: fx.Node) -> Sequence[Any]:

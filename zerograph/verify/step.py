@@ -21,7 +21,8 @@ def updated_once(graph: TrainGraph) -> Iterator[str]:
     refreshes = {bucket_of(n): n for n in step if is_call(n, ops.refresh)}
     counts = Counter((n.target, bucket_of(n)) for n in graph.nodes())
     reduced = Counter(bucket_of(n) for n in step if is_call(n, ops.all_reduce, ops.reduce_scatter))
-    due_reductions, due_refreshes = int(not graph.reduces_early), int(graph.stage in (1, 2))
+    due_reductions = int(not graph.reduces_early or graph.syncs_late)
+    due_refreshes = int(graph.stage in (1, 2))
     for bucket in dict.fromkeys([*trained, *updates, *refreshes]):
         times = counts[ops.update, bucket]
         if times != 1 or bucket not in trained or bucket not in updates:
@@ -36,8 +37,8 @@ def updated_once(graph: TrainGraph) -> Iterator[str]:
 
 def updates_agree(graph: TrainGraph) -> Iterator[str]:
     """Every update takes its bucket's mean gradient, and the same flags and control."""
-    late = ops.all_reduce if graph.stage == 0 else ops.reduce_scatter
-    mean = ops.accumulate if graph.reduces_early else late
+    late = ops.all_reduce if graph.stage == 0 or graph.syncs_late else ops.reduce_scatter
+    mean = ops.accumulate if graph.reduces_early and not graph.syncs_late else late
     updates = [n for n in graph.nodes("step") if is_call(n, ops.update)]
     for node in updates:
         grad, used, control = (cast(fx.Node, node.args[i]) for i in (1, 5, 6))

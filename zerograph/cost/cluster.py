@@ -124,13 +124,12 @@ class Cluster(Saved):
         """
         if world == 1:
             return 0.0
-        nodes, local = self._nodes(world, stride)
         if self.is_direct(kind):
-            return self.start + self._direct(_KINDS[kind], nbytes, nodes, local, world)
-        ring = self._ring(_KINDS[kind], nbytes, nodes, local, world)
+            return self.start + self._direct(_KINDS[kind], nbytes, world, stride)
+        ring = self._ring(_KINDS[kind], nbytes, world, stride)
         if self.backend == "gloo":
             return self.start + ring
-        return self.start + min(ring, self._tree(_KINDS[kind], nbytes, nodes, local, world))
+        return self.start + min(ring, self._tree(_KINDS[kind], nbytes, world, stride))
 
     def bytes_per_link(self, kind: str, nbytes: int, world: int) -> float:
         """Bytes that one rank sends for a collective, headers left out.
@@ -173,20 +172,23 @@ class Cluster(Saved):
         rates = [self.intra.rate(kind)] if local > 1 else []
         return min(rates + ([local * self.inter.rate(kind)] if nodes > 1 else []))
 
-    def _ring(self, kind: Kind, nbytes: int, nodes: int, local: int, world: int) -> float:
+    def _ring(self, kind: Kind, nbytes: int, world: int, stride: int = 1) -> float:
+        nodes, local = self._nodes(world, stride)
         latency = (world - nodes) * self.intra.latency + (nodes - 1) * self.inter.latency
         moved = nbytes * (world - 1) / world / self._rate(kind, nodes, local)
         return self._rounds(kind) * (latency + moved)
 
-    def _direct(self, kind: Kind, nbytes: int, nodes: int, local: int, world: int) -> float:
+    def _direct(self, kind: Kind, nbytes: int, world: int, stride: int = 1) -> float:
         """Every rank sends to every other at once; a node's ranks share its network."""
+        nodes, local = self._nodes(world, stride)
         link = self.inter if nodes > 1 else self.intra
         part = nbytes / world
         within = (local - 1) * part / self.intra.rate(kind)
         across = (world - local) * part / self.inter.rate(kind)
         return link.latency + within + across
 
-    def _tree(self, kind: Kind, nbytes: int, nodes: int, local: int, world: int) -> float:
+    def _tree(self, kind: Kind, nbytes: int, world: int, stride: int = 1) -> float:
+        nodes, local = self._nodes(world, stride)
         depth = (nodes - 1).bit_length()
         latency = (local - 1) * self.intra.latency + depth * self.inter.latency
         if kind == "all_reduce":

@@ -97,6 +97,7 @@ def optimizer(kind: str, **params: Any) -> dict[str, Any]:
 
 BF16 = {"bf16": {"enabled": True}}
 MICRO = {"train_micro_batch_size_per_gpu": 4}
+SEVERAL = {**MICRO, "gradient_accumulation_steps": 2}
 
 KNOBS = (
     Knob(
@@ -199,6 +200,28 @@ KNOBS = (
         zero(),
         zero(stage3_max_reuse_distance=0),
         model="tied",
+    ),
+    Knob(
+        "zero_optimization.mics_shard_size",
+        "Buckets are cut into 4 slices in place of 8, and two ranks have the same slice: gathers stay among "
+        "4 ranks, a reduction is a reduce-scatter among them and an all-reduce of the slice along the "
+        "copies. Slices and optimizer states are twice as large.",
+        zero(),
+        zero(mics_shard_size=4),
+    ),
+    Knob(
+        "zero_optimization.mics_shard_size",
+        "With several micro-batches the copies are brought together once, in the step.",
+        zero() | SEVERAL,
+        zero(mics_shard_size=4) | SEVERAL,
+        "accumulated",
+    ),
+    Knob(
+        "zero_optimization.zero_hpz_partition_size",
+        "The forward keeps of each bucket that it releases a rank's slice of its node, and the backward "
+        "gathers those among the 4 ranks of a node.",
+        zero(stage3_max_reuse_distance=0),
+        zero(stage3_max_reuse_distance=0, zero_hpz_partition_size=4),
     ),
     Knob(
         "gradient_accumulation_steps",

@@ -42,10 +42,13 @@ def scheduled(
     reuse: int = 0,
     optimizer: bool = True,
 ) -> TrainGraph:
-    """The plan of stage 3 with the schedule's bounds, verified after each pass."""
+    """The plan of stage 3 with the schedule's bounds, verified after each pass.
+
+    The pass is given what to prefetch, not the config, which would have blocks cut to that size as well.
+    """
     graph = trace.graph.copy()
     zero = {"stage": 3, "stage3_max_live_parameters": max_live}
-    zero |= {"stage3_max_reuse_distance": reuse}  # with a size to prefetch blocks would be cut as well
+    zero |= {"stage3_max_reuse_distance": reuse}
     given = tiny.config(3, zero_optimization=zero)
     if not optimizer:
         del given["optimizer"]

@@ -38,9 +38,11 @@ class Fault:
     accumulation: int = 1
     number: int = 0
     """Checkpointed regions."""
+    groups: str = ""
 
     def broken(self) -> tuple[TrainGraph, frozenset[str]]:
-        graph, provided = good(self.stage, self.after, self.model, self.accumulation, self.number)
+        kind = self.stage, self.after, self.model, self.accumulation, self.number, self.groups
+        graph, provided = good(*kind)
         self.edit(graph)
         return graph, provided
 
@@ -56,7 +58,8 @@ def fault(stage: int, says: str, **more: Any) -> Callable[..., Any]:
     return register
 
 
-_good: dict[tuple[int, str, str, int, int], tuple[TrainGraph, frozenset[str]]] = {}
+GROUPS = {"": {}, "mics": {"mics_shard_size": 4}, "hpz": {"zero_hpz_partition_size": 4}}
+_good: dict[tuple[int, str, str, int, int, str], tuple[TrainGraph, frozenset[str]]] = {}
 
 
 def good(
@@ -65,12 +68,13 @@ def good(
     model: str = "blocks",
     accumulation: int = 1,
     number: int = 0,
+    groups: str = "",
 ) -> tuple[TrainGraph, frozenset[str]]:
     """A copy of the finished graph, or of the one after the pass `after`; and what it provides.
 
     With several backwards a step (`accumulation`) stages 0 and 1 reduce in the step.
     """
-    key = (stage, after, model, accumulation, number)
+    key = (stage, after, model, accumulation, number, groups)
     if key not in _good:
         graph = tiny.trace_of(model, WORLD).graph.copy()
         batch: dict[str, Any] = {
@@ -79,7 +83,10 @@ def good(
         }
         if number:
             batch["activation_checkpointing"] = {"number_checkpoints": number}
-        config = load_config(tiny.config(stage, **batch, **tiny.GIVEN.get(model, {})))
+        given = tiny.config(stage, **batch, **tiny.GIVEN.get(model, {}))
+        given["zero_optimization"] |= GROUPS[groups]
+        config = load_config(given)
+        graph.layout = graph.layout.over(config.mesh(WORLD))
         spec = optimizer_of(config, graph.layout)
         passes = passes_for(config, graph, default_arriving(graph), spec)
         names = [each.name for each in passes]
@@ -1090,6 +1097,77 @@ def refresh_in_the_backward_before_its_update(graph: TrainGraph) -> None:
     move(find(graph, ops.refresh, "b3"), find(graph, ops.update, "b3"))
 
 
+# Axes
+
+
+@fault(3, "the gather_partials in the step is over dp_replicate, not dp_shard", groups="mics")
+def norm_along_the_copies(graph: TrainGraph) -> None:
+    partials = find(graph, ops.gather_partials)
+    set_arg(partials, 1, 2)
+    partials.kwargs = {"axis": "dp_replicate"}
+
+
+@fault(3, "the gather of b1 in the forward is over all ranks, not dp_shard", groups="mics")
+def gathered_from_the_copies_too(graph: TrainGraph) -> None:
+    gather = gather_of(graph, "b1", "forward")
+    set_arg(gather, 2, WORLD)
+    gather.kwargs = {}
+
+
+@fault(3, "the gather of b1 .* is over nodes, not node", groups="hpz")
+def slice_gathered_across_nodes(graph: TrainGraph) -> None:
+    gather = gather_of(graph, "b1", "backward")
+    set_arg(gather, 2, 2)
+    gather.kwargs = {"axis": "nodes"}
+
+
+@fault(3, "the partition of b1 in the forward is of shard_b1, which is not gathered", groups="hpz")
+def slice_of_a_shard(graph: TrainGraph) -> None:
+    set_arg(find(graph, ops.partition, "b1"), 0, graph.placeholder("shard", "b1"))
+
+
+@fault(3, "the partition of b1 in the forward is not kept for the backward", groups="hpz")
+def slice_that_is_not_kept(graph: TrainGraph) -> None:
+    unsave(graph, find(graph, ops.partition, "b1"))
+
+
+@fault(3, "reads the partition of b1 .*, which is for gathers of the backward", groups="hpz")
+def slice_read_by_the_forward(graph: TrainGraph) -> None:
+    made = find(graph, ops.partition, "b1")
+    with graph.inserting(made.next, "forward") as insert:
+        insert(aten.mul.Tensor, made, 2.0)
+
+
+@fault(3, "partition.* reads bucket b1 after its release", groups="hpz")
+def slice_behind_the_release(graph: TrainGraph) -> None:
+    full = gathered(graph, "b1")
+    release = next(user for user in full.users if is_call(user, ops.release))
+    move(find(graph, ops.partition, "b1"), release.next)
+
+
+@fault(3, "the gradients of b1 go to .* without those of the other copies", groups="mics")
+def copies_that_drift_apart(graph: TrainGraph) -> None:
+    start = find(graph, ops.all_reduce, "b1")
+    drop(graph, wait_of(start), start.args[0])
+    drop(graph, start)
+
+
+@fault(
+    3, "gradients of b1 go to .* without those of the other copies", groups="mics", model="early"
+)
+def copies_that_are_updated_apart(graph: TrainGraph) -> None:
+    start = find(graph, ops.all_reduce, "b1")
+    drop(graph, wait_of(start), start.args[0])
+    drop(graph, start)
+
+
+@fault(3, "bucket b1 is reduced 0 times in the step", groups="mics", accumulation=2)
+def copies_that_drift_apart_in_the_step(graph: TrainGraph) -> None:
+    start = find(graph, ops.all_reduce, "b1")
+    drop(graph, wait_of(start), start.args[0])
+    drop(graph, start)
+
+
 # The tests
 
 
@@ -1110,6 +1188,21 @@ def test_good_plan_passes(stage: int, model: str, accumulation: int) -> None:
     before = text(graph, "schedule")
     verify.verify(graph, provided, "nothing")
     assert text(graph, "schedule") == before
+
+
+@pytest.mark.parametrize("model", ["blocks", "partly", "half", "lamb"])
+@pytest.mark.parametrize("groups", ["mics", "hpz"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_good_plan_of_groups_passes(groups: str, model: str, accumulation: int) -> None:
+    graph, provided = good(3, model=model, accumulation=accumulation, groups=groups)
+    verify.verify(graph, provided, "nothing")
+
+
+@pytest.mark.parametrize("groups", ["mics", "hpz"])
+@pytest.mark.parametrize(("model", "number"), [("early", 0), ("blocks", 2), ("early", 2)])
+def test_good_plan_of_groups_with_the_rest_passes(groups: str, model: str, number: int) -> None:
+    graph, provided = good(3, model=model, number=number, groups=groups)
+    verify.verify(graph, provided, "nothing")
 
 
 @pytest.mark.parametrize("name", FAULTS)

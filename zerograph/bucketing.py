@@ -83,7 +83,7 @@ def within(layout: Layout, limits: Limits) -> Layout:
             found = together.pop((bucket.dtype, bucket.trainable), [])
             for piece in cut(found, limits.bucket):
                 members.append((label_of([param.name for param in piece]), True, piece))
-    return replace(packed(layout.world, members, layout.groups), blocks=layout.blocks)
+    return replace(packed(layout.mesh, members, layout.groups), blocks=layout.blocks)
 
 
 def cut(params: Sequence[Param], size: int) -> Iterator[list[Param]]:

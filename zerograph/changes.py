@@ -10,7 +10,7 @@ import difflib
 import re
 
 _SUMMARY = "summary  "
-_ENTRY = re.compile(r"(\w+) (\d+ \(.*\)|\d+ ops|[\d.]+ [KMGT]?i?B)")
+_ENTRY = re.compile(r"(\w+(?: over \w+)?) (\d+ \(.*\)|\d+ ops|[\d.]+ [KMGT]?i?B)")
 
 
 def unified(

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from zerograph import compat
 from zerograph.errors import CommunicationError
+from zerograph.mesh import ALL, named
 
 Algorithm = Literal["point-to-point", "native"]
 """How a program gathers and reduce-scatters buckets: over channels, or as the backend does."""
@@ -58,6 +59,8 @@ class Channel:
     group: dist.ProcessGroup
     rank: int
     size: int
+    axis: str = ALL
+    """Of the mesh, along which its ranks are."""
     broken: bool = False
     """Whether any collective of this process has failed: what nobody waits for is then left alone."""
     _tags: Iterator[int] = field(default_factory=count)
@@ -75,17 +78,17 @@ class Channel:
             channel.broken = True
 
     @classmethod
-    def beside(cls, group: dist.ProcessGroup) -> "Channel":
+    def beside(cls, group: dist.ProcessGroup, axis: str = ALL) -> "Channel":
         """A new channel between the ranks of `group`, with its timeout; call it on all of them."""
         ranks = dist.get_process_group_ranks(group)
-        made = dist.new_group(ranks, timeout=compat.timeout_of(group), backend="gloo")
-        return cls(made, dist.get_rank(group), len(ranks))
+        made = compat.group_beside(group, ranks, backend="gloo")
+        return cls(made, dist.get_rank(group), len(ranks), axis)
 
     def gather(self, shard: Tensor, full: Tensor, bucket: str) -> "Gathering":
         """Start gathering all ranks' shards [n] into `full` [size * n], of which `shard` may be a part."""
         begin = time.perf_counter()
         places = list(full.view(self.size, -1))
-        pending = Gathering(self, f"the gather of bucket {bucket}", bucket, shard, places, full)
+        pending = Gathering(self, self.called("gather", bucket), bucket, shard, places, full)
         pending.start([shard] * self.size)
         if places[self.rank].data_ptr() != shard.data_ptr():
             places[self.rank].copy_(shard)
@@ -115,7 +118,7 @@ class Channel:
         slices = list(buffer.view(self.size, -1))
         own = slices[self.rank]
         terms = [own if rank == self.rank else torch.empty_like(own) for rank in range(self.size)]
-        what, divisor = f"the reduction of bucket {bucket}", self.size if mean else 1
+        what, divisor = self.called("reduction", bucket), self.size if mean else 1
         pending = kind(self, what, bucket, own, terms, buffer, divisor, factor)
         pending.start(slices)
         if self.watch is not None:
@@ -125,6 +128,10 @@ class Channel:
     def peers(self) -> Iterator[int]:
         """The other ranks, the next one first, so that not all send to the same one at once."""
         return ((self.rank + step) % self.size for step in range(1, self.size))
+
+    def called(self, kind: str, bucket: str) -> str:
+        """As an error says it, and a program's `starts`."""
+        return named(f"the {kind} of bucket {bucket}", self.axis)
 
     def tag(self) -> int:
         return next(self._tags) % _TAGS
@@ -181,7 +188,7 @@ class Exchange:
         try:
             yield
         except RuntimeError as error:
-            raise failed(self.channel.rank, self.what, error) from error
+            raise failed(dist.get_rank(), self.what, error) from error
 
     def __del__(self) -> None:
         """One that nobody waited for is finished all the same: its buffers are still written to."""
@@ -261,11 +268,11 @@ class Native:
         return wait(self.pending, self.what)
 
 
-def start_gather(shard: Tensor, full: Tensor, bucket: str, world: int, group: str) -> Native:
-    """Gather as the backend does: all ranks' shards [n] into `full` [world * n]."""
+def start_gather(shard: Tensor, full: Tensor, what: str, world: int, group: str) -> Native:
+    """Gather as the backend does: all ranks' shards [n] into `full` [world * n]; `what` is for errors."""
     op = torch.ops._c10d_functional.all_gather_into_tensor_out
     with compat.unrecorded():
-        return Native(op(shard, world, group, out=full), f"the gather of bucket {bucket}")
+        return Native(op(shard, world, group, out=full), what)
 
 
 def wait(pending: Tensor, what: str) -> Tensor:

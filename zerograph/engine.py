@@ -86,7 +86,7 @@ class Engine:
         require_unowned(model)
         self.module = model
         self.config = config
-        self.world = world
+        self.world = world = world.over(config.mesh(world.size))
         self.batch = config.batch(world.size)
         self._planner = Planner.of(model, config, world, param_groups, optimizer)
         layout, spec = self._planner.layout()
@@ -99,7 +99,8 @@ class Engine:
         )
         self.lr_scheduler: LRScheduler | None = scheduler_of(config, self.optimizer)
         self.micro_steps = 0
-        early = stage >= 2 or self.batch.accumulation == 1
+        late = stage < 2 or world.mesh.copies
+        early = not late or self.batch.accumulation == 1
         self._means = Means(self.state, average_of(config, world.size), early)
         self._updates = Updates.of(config, self.state, self.optimizer)
         self._programs = Programs(type(model).__name__)

@@ -40,6 +40,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from zerograph import compat, ops
 from zerograph.layout import Layout
+from zerograph.mesh import ALL, Mesh
 from zerograph.precision import Precision
 from zerograph.sizes import Sizes
 
@@ -105,7 +106,12 @@ class TrainGraph:
 
     @property
     def world(self) -> int:
-        return self.layout.world
+        """All ranks; `layout.world` are those that hold a bucket together."""
+        return self.layout.mesh.world
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.layout.mesh
 
     @property
     def reduces_early(self) -> bool:
@@ -125,6 +131,14 @@ class TrainGraph:
     def updates_in_backward(self) -> bool:
         """Whether the backward updates parameters, each bucket once it is reduced."""
         return bool(self.notes.get("updates") == "backward")
+
+    @property
+    def syncs_late(self) -> bool:
+        """Whether the step brings the copies' gradients together, not every backward (mesh.py).
+
+        So it is where a step has several backwards, each of which reduces among the ranks of one copy.
+        """
+        return self.mesh.copies != "" and self.notes.get("accumulation") != 1
 
     @property
     def device(self) -> torch.device:
@@ -284,6 +298,11 @@ _OF_BUCKETS = ("full", "shard", "kept", "master", "state")
 
 def _schema(node: fx.Node) -> torch._C.FunctionSchema:
     return cast(OpOverload, node.target)._schema
+
+
+def axis_of(node: fx.Node) -> str:
+    """The axis that a collective is over; ALL for all ranks."""
+    return cast(str, node.kwargs.get("axis", ALL)) if ops.is_zero(node.target) else ALL
 
 
 def is_ahead(node: fx.Node) -> bool:

@@ -9,8 +9,8 @@ A bucket is the unit of storage and of communication: one block's parameters (a 
 the run of parameters before, between or after the repeated layers), one dtype, trainable apart from
 frozen; bucketing.py cuts blocks that are larger than the config says. Rank r owns the r-th of `world`
 equal slices ("flat parameter" of ZeRO, arXiv:1910.02054 section 5, in the per-block form of FSDP,
-arXiv:2304.11277 section 3.2). The layout reads shapes and dtypes only, so a model on the meta device and a
-real one have the same layout.
+arXiv:2304.11277 section 3.2); with copies (mesh.py) the slices are fewer than the ranks. The layout reads
+shapes and dtypes only, so a model on the meta device and a real one have the same layout.
 """
 
 import math
@@ -22,12 +22,13 @@ import torch
 from torch import nn
 
 from zerograph.errors import PlanError
+from zerograph.mesh import Mesh
 from zerograph.precision import Precision
 
 ALIGN_BYTES = 128
 """Every parameter starts at a multiple of this many bytes in its bucket (a GPU's memory line)."""
 PAD_ELEMENTS = 16
-"""A bucket's length is a multiple of world size times this, so that every slice vectorises."""
+"""A bucket's length is a multiple of the number of ranks times this, so that every slice vectorises."""
 
 
 @dataclass(frozen=True)
@@ -98,15 +99,28 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Layout:
-    """All parameters and buckets of a model for one world size. Immutable, the same on all ranks."""
+    """All parameters and buckets of a model for one mesh of ranks. Immutable, the same on all ranks."""
 
-    world: int
+    mesh: Mesh
     params: Mapping[str, Param]
     buckets: Mapping[str, Bucket]
     groups: tuple[Mapping[str, Any], ...] = field(default=({},))
     """Optimizer options that differ from the config's, per parameter group."""
     blocks: tuple[str, ...] = ()
     """Names of the repeated layers, in the order of the model."""
+
+    @property
+    def world(self) -> int:
+        """How many slices a bucket is cut into: the ranks that hold all of it together."""
+        return self.mesh.slices
+
+    def over(self, mesh: Mesh) -> "Layout":
+        """The same buckets, cut over another mesh of as many ranks."""
+        assert mesh.world == self.mesh.world, "buckets are padded for the number of ranks"
+        if mesh == self.mesh:
+            return self
+        cut = {name: replace(b, world=mesh.slices) for name, b in self.buckets.items()}
+        return replace(self, mesh=mesh, buckets=cut)
 
     def trainable_buckets(self) -> list[Bucket]:
         return [bucket for bucket in self.buckets.values() if bucket.trainable]
@@ -169,11 +183,11 @@ def layout_of(
         )
         members.setdefault((blocks[name], param.trainable, param.dtype), []).append(param)
     whole = [(block, False, found) for (block, *_), found in members.items()]
-    return replace(packed(world, whole, groups), blocks=tuple(repeated_blocks(model)))
+    return replace(packed(Mesh.flat(world), whole, groups), blocks=tuple(repeated_blocks(model)))
 
 
 def packed(
-    world: int,
+    mesh: Mesh,
     members: Iterable[tuple[str, bool, Sequence[Param]]],
     groups: tuple[Mapping[str, Any], ...],
 ) -> Layout:
@@ -189,10 +203,11 @@ def packed(
         for param in found:
             params[param.name] = replace(param, bucket=name, offset=offset)
             offset = _round_up(offset + param.numel, ALIGN_BYTES // dtype.itemsize)
-        numel = max(_round_up(offset, world * PAD_ELEMENTS), world * PAD_ELEMENTS)
+        padded = mesh.world * PAD_ELEMENTS
+        numel = max(_round_up(offset, padded), padded)
         held = tuple(param.name for param in found)
-        buckets[name] = Bucket(name, block, dtype, trainable, held, numel, world, persistent)
-    return Layout(world, params, buckets, groups)
+        buckets[name] = Bucket(name, block, dtype, trainable, held, numel, mesh.slices, persistent)
+    return Layout(mesh, params, buckets, groups)
 
 
 def block_of_each(model: nn.Module, names: Sequence[str]) -> dict[str, str]:

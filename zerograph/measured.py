@@ -26,7 +26,7 @@ class CallEntry:
     """One collective. Moments are seconds from the start of the profile."""
 
     kind: str
-    """As the plan names it: `gather`, `reduce_scatter`, .."""
+    """As the plan's traffic names it: `gather`, `gather over node`, `reduce_scatter`, .."""
     bucket: str
     """Empty for one of no bucket."""
     region: str

@@ -2,12 +2,14 @@
 
 Each has a schema and a fake implementation (shapes only); none has a real one. They stand in a
 TrainGraph between the `shard` pass that brings the first of them and the `lower` pass that turns
-them into collectives and kernels. `world` is a number of ranks; no operator knows a rank.
+them into collectives and kernels. `world` is a number of ranks, of all or of those along `axis` (mesh.py); no
+operator knows a rank.
 
     checkpoint      a value that enters a checkpointed region: kept for the backward, which recomputes from it
     gather          start an all-gather of a bucket's shards; the result is pending until waited for; with
                     `ahead` it is the one that the step before has started, if it has
     gather_ahead    start that all-gather, for the next forward
+    partition       this rank's slice of a gathered bucket, as a copy that outlives it
     wait            the value of a pending collective
     param           a parameter as a view of its (full) bucket
     release         the bucket's full storage ends here
@@ -66,14 +68,21 @@ def checkpoint(value: Tensor, region: str) -> Tensor:
     return torch.empty_like(value)
 
 
-@_define("gather(Tensor shard, str bucket, int world, bool ahead=False) -> Tensor")
-def gather(shard: Tensor, bucket: str, world: int, ahead: bool = False) -> Tensor:
+@_define("gather(Tensor shard, str bucket, int world, bool ahead=False, *, str axis='') -> Tensor")
+def gather(
+    shard: Tensor, bucket: str, world: int, ahead: bool = False, *, axis: str = ""
+) -> Tensor:
     return shard.new_empty(shard.numel() * world)
 
 
-@_define("gather_ahead(Tensor shard, str bucket, int world) -> Tensor")
-def gather_ahead(shard: Tensor, bucket: str, world: int) -> Tensor:
+@_define("gather_ahead(Tensor shard, str bucket, int world, *, str axis='') -> Tensor")
+def gather_ahead(shard: Tensor, bucket: str, world: int, *, axis: str = "") -> Tensor:
     return shard.new_empty(shard.numel() * world)
+
+
+@_define("partition(Tensor full, str bucket, int world, *, str axis='') -> Tensor")
+def partition(full: Tensor, bucket: str, world: int, *, axis: str = "") -> Tensor:
+    return full.new_empty(full.numel() // world)
 
 
 @_define("wait(Tensor pending) -> Tensor")
@@ -112,13 +121,21 @@ def put(
     return torch.empty_like(buffer)
 
 
-@_define("reduce_scatter(Tensor buffer, str bucket, float pre, float post, int world) -> Tensor")
-def reduce_scatter(buffer: Tensor, bucket: str, pre: float, post: float, world: int) -> Tensor:
+@_define(
+    "reduce_scatter(Tensor buffer, str bucket, float pre, float post, int world, *, str axis='') -> Tensor"
+)
+def reduce_scatter(
+    buffer: Tensor, bucket: str, pre: float, post: float, world: int, *, axis: str = ""
+) -> Tensor:
     return buffer.new_empty(buffer.numel() // world)
 
 
-@_define("all_reduce(Tensor buffer, str bucket, float pre, float post, int world) -> Tensor")
-def all_reduce(buffer: Tensor, bucket: str, pre: float, post: float, world: int) -> Tensor:
+@_define(
+    "all_reduce(Tensor buffer, str bucket, float pre, float post, int world, *, str axis='') -> Tensor"
+)
+def all_reduce(
+    buffer: Tensor, bucket: str, pre: float, post: float, world: int, *, axis: str = ""
+) -> Tensor:
     return torch.empty_like(buffer)
 
 
@@ -142,8 +159,8 @@ def sum_squares(squares: list[Tensor]) -> Tensor:
     return squares[0].new_empty(len(squares[0]), dtype=torch.float64)
 
 
-@_define("gather_partials(Tensor partial, int world) -> Tensor")
-def gather_partials(partial: Tensor, world: int) -> Tensor:
+@_define("gather_partials(Tensor partial, int world, *, str axis='') -> Tensor")
+def gather_partials(partial: Tensor, world: int, *, axis: str = "") -> Tensor:
     return partial.new_empty(world)
 
 
@@ -184,8 +201,8 @@ def measure(
     return master.new_empty(params, 2, dtype=torch.float64)
 
 
-@_define("gather_norms(Tensor[] norms, int world) -> Tensor")
-def gather_norms(norms: list[Tensor], world: int) -> Tensor:
+@_define("gather_norms(Tensor[] norms, int world, *, str axis='') -> Tensor")
+def gather_norms(norms: list[Tensor], world: int, *, axis: str = "") -> Tensor:
     return norms[0].new_empty(world, sum(len(each) for each in norms), 2)
 
 
@@ -213,8 +230,8 @@ def update(
     return None
 
 
-@_define("refresh(Tensor full, Tensor shard, str bucket, int world) -> Tensor")
-def refresh(full: Tensor, shard: Tensor, bucket: str, world: int) -> Tensor:
+@_define("refresh(Tensor full, Tensor shard, str bucket, int world, *, str axis='') -> Tensor")
+def refresh(full: Tensor, shard: Tensor, bucket: str, world: int, *, axis: str = "") -> Tensor:
     return torch.empty_like(full)
 
 

@@ -47,7 +47,7 @@ def optimizer_of(
     """
     spec = _spec_of(config, layout, client)
     if config.compile.update_in_backward:
-        _require_early(spec, config.batch(layout.world).accumulation)
+        _require_early(spec, config.batch(layout.mesh.world).accumulation)
     return spec
 
 

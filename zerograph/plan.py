@@ -33,10 +33,11 @@ from zerograph.countable import Countable
 from zerograph.describe import describe
 from zerograph.document import Document
 from zerograph.errors import PlanError, suggestion
-from zerograph.ir import Region, TrainGraph, is_ahead, is_call, region_of
+from zerograph.ir import Region, TrainGraph, axis_of, is_ahead, is_call, region_of
+from zerograph.mesh import named
 from zerograph.ops import COLLECTIVES, gather_ahead
 from zerograph.optimizer import OptimizerSpec
-from zerograph.passes.lower import Lower, Program
+from zerograph.passes.lower import GroupName, Lower, Program, unnamed
 from zerograph.pipeline import History
 from zerograph.precision import short
 from zerograph.text import text
@@ -128,12 +129,12 @@ class Plan(Countable):
             if early or is_call(node, *COLLECTIVES):
                 bucket = next((a for a in node.args if isinstance(a, str)), "-")
                 value = node.meta["val"]
-                kind = f"{region_of(node)} {name_of(node)} {bucket}"
+                kind = named(f"{region_of(node)} {name_of(node)} {bucket}", axis_of(node))
                 ahead = " ahead" if is_ahead(node) else ""
                 lines.append(f"{kind} {collective_bytes(node)} bytes {short(value.dtype)}{ahead}")
         return lines
 
-    def program(self, region: Region, group: str = "dp") -> Program:
+    def program(self, region: Region, group: GroupName = unnamed) -> Program:
         """One region lowered to collectives, aten ops and kernels."""
         return Lower(group).program(self.graph, region)
 
@@ -149,6 +150,7 @@ class Plan(Countable):
         lines = [
             f"{self.graph.model}: {count:,} parameters in {len(layout.buckets)} buckets, "
             f"ZeRO stage {self.graph.stage}, {self.graph.world} ranks",
+            *self.graph.mesh.lines(),
             f"precision: {self.graph.precision.describe()}",
             *(
                 f"{name:<16} {t.count:>4} a step, {size(t.nbytes)}"

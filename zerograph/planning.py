@@ -64,6 +64,7 @@ def plan(
     """
     loaded = load_config(config)
     loaded.batch(world_size)
+    loaded.mesh(world_size)
     client = None if optimizer is None else client_of(optimizer, model, loaded, param_groups)
     groups = client.groups if client else param_groups
     traced = trace_of(model, loaded, example_inputs, world_size, device, groups)
@@ -110,6 +111,7 @@ def plan_of(
     `algorithm` moves the buckets; by default that of the device's usual backend.
     """
     graph = traced.graph.copy()
+    graph.layout = graph.layout.over(config.mesh(graph.world))
     graph.notes["collectives"] = algorithm or algorithm_for(graph.device)
     if arriving is None:
         arriving = default_arriving(graph)

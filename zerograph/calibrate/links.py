@@ -70,7 +70,7 @@ def _starter(kind: Kind, nbytes: int) -> Callable[[], Callable[[], Tensor]]:
     functional = torch.ops._c10d_functional
 
     def all_reduce() -> Callable[[], Tensor]:
-        return partial(collectives.wait, functional.all_reduce(full, "avg", world.group_name), kind)
+        return partial(collectives.wait, functional.all_reduce(full, "avg", world.name_of()), kind)
 
     def gather() -> Callable[[], Tensor]:
         out = torch.empty(shard.numel() * world.size)

@@ -53,6 +53,7 @@ def config_from(path: str | None, options: Options) -> ZeroConfig:
         raise PlanError("a model is planned under a config: --config ds.json")
     config = load_config(path)
     config.batch(options.world_size)
+    config.mesh(options.world_size)
     if options.batch is not None and options.batch > 0:
         config = with_micro_batch(config, options.batch)
         config.batch(options.world_size)

@@ -40,6 +40,7 @@ from zerograph.compat.logs import trace_text
 from zerograph.compat.runtime import (
     clear_saved,
     default_store,
+    group_beside,
     has_step_hooks,
     mark_stepped,
     mark_tracked,
@@ -82,6 +83,7 @@ __all__ = [
     "exact",
     "export_joint",
     "function_of",
+    "group_beside",
     "guards_of",
     "has_step_hooks",
     "hint",

@@ -49,9 +49,20 @@ def default_store() -> Any:
     return dist.distributed_c10d._get_default_store()
 
 
+def group_beside(
+    group: dist.ProcessGroup, ranks: list[int], backend: str | None = None
+) -> dist.ProcessGroup:
+    """A new group of some ranks of `group`, with its timeout; those ranks alone call this."""
+    some = len(ranks) < dist.get_world_size()
+    made: dist.ProcessGroup = dist.new_group(
+        ranks, timeout=timeout_of(group), backend=backend, use_local_synchronization=some
+    )
+    return made
+
+
 def timeout_of(group: dist.ProcessGroup) -> timedelta:
-    """How long a collective of a gloo group may take."""
-    options: Any = group._get_backend(torch.device("cpu")).options
+    """How long a collective of a gloo or NCCL group may take."""
+    options: Any = group._get_backend(group._device_types[0]).options
     timeout: timedelta = options._timeout
     return timeout
 

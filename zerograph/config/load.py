@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from zerograph.config.check import refusals
 from zerograph.config.model import ZeroConfig
 from zerograph.config.problems import problems
+from zerograph.config.zero import groups
 from zerograph.errors import ConfigError
 
 Source = Mapping[str, Any] | str | os.PathLike[str] | ZeroConfig
@@ -101,7 +102,7 @@ def _conflicts(config: ZeroConfig) -> list[str]:
             "compile.activation_budget and activation_checkpointing.number_checkpoints both say what the "
             "forward keeps; keep one"
         )
-    return found + _against_updates(config)
+    return found + _against_updates(config) + groups(config.zero_optimization)
 
 
 def _against_updates(config: ZeroConfig) -> list[str]:

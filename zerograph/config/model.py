@@ -50,6 +50,7 @@ from zerograph.config.sections import (
     TorchAutocast,
 )
 from zerograph.config.zero import ZeroOptimization
+from zerograph.mesh import Mesh, mesh_of
 
 
 class ZeroConfig(Section):
@@ -131,6 +132,11 @@ class ZeroConfig(Section):
             self.gradient_accumulation_steps,
             world_size,
         )
+
+    def mesh(self, world_size: int) -> Mesh:
+        """How that many ranks are cut into groups. Raises ConfigError if the groups do not fill it."""
+        zero = self.zero_optimization
+        return mesh_of(zero.mics_shard_size, zero.zero_hpz_partition_size, world_size)
 
     def advisory(self) -> tuple[str, ...]:
         """Say, for each key that was given and only advises, what happens instead."""

@@ -10,6 +10,7 @@ _IN_GRAPH = "parameters are fetched by the graph, without module hooks"
 ZERO_ROWS = (
     *built(under(_ZERO, "stage stage3_prefetch_bucket_size stage3_max_live_parameters")),
     *built(under(_ZERO, "stage3_max_reuse_distance overlap_comm")),
+    *built(under(_ZERO, "mics_shard_size zero_hpz_partition_size")),
     *built(under(_ZERO, "reduce_bucket_size allgather_bucket_size")),
     *built(under(_ZERO, "stage3_param_persistence_threshold stage3_model_persistence_threshold")),
     *advises(under(_ZERO, "round_robin_gradients"), _SCHEDULED),
@@ -64,20 +65,6 @@ ZERO_ROWS = (
         "every gradient is reduced and applied in full",
         "leave it out",
         None,
-    ),
-    *refused(
-        under(_ZERO, "zero_hpz_partition_size"),
-        "parameters are sharded over all ranks",
-        "set it to 1 or leave it out",
-        0,
-        1,
-    ),
-    *refused(
-        under(_ZERO, "mics_shard_size"),
-        "parameters are sharded over all ranks",
-        "set it to -1 or leave it out",
-        -1,
-        0,
     ),
     *refused(
         under(

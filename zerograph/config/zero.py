@@ -128,3 +128,28 @@ class ZeroOptimization(Section):
     enable_sanity_checks: bool = False
     save_muon_momentum_buffer_in_memory: bool = False
     leaf_module: LeafModule = LeafModule()
+
+
+def groups(zero: ZeroOptimization) -> list[str]:
+    """Say what is wrong with the keys that cut the ranks into groups."""
+    mics, hpz = zero.mics_shard_size, zero.zero_hpz_partition_size
+    found = []
+    if mics == 1 or mics < -1:
+        found.append(
+            f"zero_optimization.mics_shard_size={mics}: such a group shards nothing; take at least 2, "
+            "-1 to shard over all ranks, or stage 0 for whole copies on every rank"
+        )
+    given = {"mics_shard_size": mics, "zero_hpz_partition_size": hpz}
+    used = [f"zero_optimization.{key}={size}" for key, size in given.items() if size > 1]
+    if len(used) == 2:
+        found.append(
+            f"{' and '.join(used)}: with MiCS the forward too gathers within a group, so hpZ has nothing to "
+            "do; keep one"
+        )
+    if zero.stage < 3:
+        found += [
+            f"{each} cuts parameters, which stage {zero.stage} does not shard; set stage to 3, or leave it "
+            "out"
+            for each in used
+        ]
+    return found

@@ -116,16 +116,20 @@ class Cluster(Saved):
     slowed_by_compute: float = Field(default=0.0, ge=0, lt=1)
     """The share of its speed that a collective loses while compute runs."""
 
-    def collective(self, kind: str, nbytes: int, world: int) -> float:
-        """Seconds of a collective named as in the plan's traffic, with a full buffer of `nbytes`."""
+    def collective(self, kind: str, nbytes: int, world: int, stride: int = 1) -> float:
+        """Seconds of a collective, by the operator's name, with a full buffer of `nbytes`.
+
+        It is among `world` ranks whose numbers are `stride` apart (an axis of a mesh), while the other groups
+        along that axis do the same.
+        """
         if world == 1:
             return 0.0
         if self.is_direct(kind):
-            return self.start + self._direct(_KINDS[kind], nbytes, world)
-        ring = self._ring(_KINDS[kind], nbytes, world)
+            return self.start + self._direct(_KINDS[kind], nbytes, world, stride)
+        ring = self._ring(_KINDS[kind], nbytes, world, stride)
         if self.backend == "gloo":
             return self.start + ring
-        return self.start + min(ring, self._tree(_KINDS[kind], nbytes, world))
+        return self.start + min(ring, self._tree(_KINDS[kind], nbytes, world, stride))
 
     def bytes_per_link(self, kind: str, nbytes: int, world: int) -> float:
         """Bytes that one rank sends for a collective, headers left out.
@@ -158,32 +162,33 @@ class Cluster(Saved):
         """How often the buffer goes round."""
         return 2 if kind == "all_reduce" else 1
 
-    def _nodes(self, world: int) -> tuple[int, int]:
-        """(nodes, ranks of a node)."""
-        return -(-world // self.per_node), min(world, self.per_node)
+    def _nodes(self, world: int, stride: int) -> tuple[int, int]:
+        """(nodes, ranks of a node) of a group whose ranks are `stride` apart."""
+        local = min(world, max(1, self.per_node // stride))
+        return -(-world // local), local
 
     def _rate(self, kind: Kind, nodes: int, local: int) -> float:
         """Bytes per second that each rank of a ring sends."""
         rates = [self.intra.rate(kind)] if local > 1 else []
         return min(rates + ([local * self.inter.rate(kind)] if nodes > 1 else []))
 
-    def _ring(self, kind: Kind, nbytes: int, world: int) -> float:
-        nodes, local = self._nodes(world)
+    def _ring(self, kind: Kind, nbytes: int, world: int, stride: int = 1) -> float:
+        nodes, local = self._nodes(world, stride)
         latency = (world - nodes) * self.intra.latency + (nodes - 1) * self.inter.latency
         moved = nbytes * (world - 1) / world / self._rate(kind, nodes, local)
         return self._rounds(kind) * (latency + moved)
 
-    def _direct(self, kind: Kind, nbytes: int, world: int) -> float:
+    def _direct(self, kind: Kind, nbytes: int, world: int, stride: int = 1) -> float:
         """Every rank sends to every other at once; a node's ranks share its network."""
-        nodes, local = self._nodes(world)
+        nodes, local = self._nodes(world, stride)
         link = self.inter if nodes > 1 else self.intra
         part = nbytes / world
         within = (local - 1) * part / self.intra.rate(kind)
         across = (world - local) * part / self.inter.rate(kind)
         return link.latency + within + across
 
-    def _tree(self, kind: Kind, nbytes: int, world: int) -> float:
-        nodes, local = self._nodes(world)
+    def _tree(self, kind: Kind, nbytes: int, world: int, stride: int = 1) -> float:
+        nodes, local = self._nodes(world, stride)
         depth = (nodes - 1).bit_length()
         latency = (local - 1) * self.intra.latency + depth * self.inter.latency
         if kind == "all_reduce":

@@ -5,6 +5,7 @@
     %3 = aten.native_layer_norm  one storage a result
     zero.wait %b0, zero.put      their first argument's
     a gradient put in place      its buffer's
+    zero.partition %b1           one of its own, of parameters
     %b0.sum = zero.accumulate    %b0.kept's; the gradient's own where nothing is kept yet
 
 as the lowered program has it, which forgets each value at its last use. Longer lives:
@@ -31,6 +32,7 @@ from zerograph.codegen.rules import rule_of
 from zerograph.compat import hint
 from zerograph.ir import (
     TrainGraph,
+    axis_of,
     bucket_of,
     is_ahead,
     is_call,
@@ -158,6 +160,8 @@ class Lifetimes:
     def _category(self, node: fx.Node) -> str:
         if is_call(node, ops.gather, ops.gather_ahead):
             return "gathered"
+        if is_call(node, ops.partition):
+            return "parameters"
         if is_recomputed(node):
             return "recomputed"
         reduces = is_call(node, ops.grad_buffer, ops.reduce_scatter, ops.accumulate, ops.squares)
@@ -165,7 +169,7 @@ class Lifetimes:
 
     def _arrivals(self, index: int, node: fx.Node) -> None:
         """Beside the result, what a point-to-point reduction receives from each further rank."""
-        world, result = self.graph.world, int(is_call(node, ops.reduce_scatter))
+        world, result = self.graph.mesh.size(axis_of(node)), int(is_call(node, ops.reduce_scatter))
         if self.graph.notes.get("collectives") == "point-to-point" and world > 1 + result:
             wait = next(user for user in node.users if is_call(user, ops.wait))
             bucket = self.graph.layout.buckets[bucket_of(node)]

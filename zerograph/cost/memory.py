@@ -188,7 +188,7 @@ def _unread(graph: TrainGraph) -> int:
         role_of(n).name for n in graph.placeholders() if role_of(n).kind in ("full", "shard")
     }
     missing = [b for b in graph.layout.buckets.values() if b.name not in present]
-    shares = [graph.world if b.sliced(graph.stage) else 1 for b in missing]
+    shares = [graph.layout.world if b.sliced(graph.stage) else 1 for b in missing]
     return sum(b.nbytes // share for b, share in zip(missing, shares))
 
 
@@ -201,4 +201,4 @@ def _padding(graph: TrainGraph) -> int:
             sliced += padding
         else:
             whole += padding
-    return whole + sliced // graph.world
+    return whole + sliced // graph.layout.world

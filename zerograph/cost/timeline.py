@@ -19,7 +19,16 @@ from zerograph import ops
 from zerograph.cost.cluster import Cluster
 from zerograph.cost.traffic import collective_bytes, name_of
 from zerograph.cost.work import work_of
-from zerograph.ir import REGIONS, TrainGraph, bucket_of, is_ahead, is_call, is_view, region_of
+from zerograph.ir import (
+    REGIONS,
+    TrainGraph,
+    axis_of,
+    bucket_of,
+    is_ahead,
+    is_call,
+    is_view,
+    region_of,
+)
 from zerograph.precision import short
 
 Stream = Literal["compute", "communication", "copy"]
@@ -148,16 +157,21 @@ class _Rank:
 
     def _issue(self, index: int, node: fx.Node) -> None:
         """Start a collective behind what its stream has, once what compute has is done."""
-        kind, nbytes, world = name_of(node), collective_bytes(node), self.graph.world
+        kind, nbytes, (world, stride) = name_of(node), collective_bytes(node), self._ranks(node)
         if world == 1:
             return
         copied = self.cluster.copied(kind, nbytes, world)
         self._host(self.cluster.device.launch)
         if copied:
             self._advance(self.cluster.device.seconds(0, copied, "f32"))
-        took = self.cluster.collective(kind, nbytes, world)
+        took = self.cluster.collective(kind, nbytes, world, stride)
         self.queue.append(_Pending(index, region_of(node), took, step=self.step))
         self._begin_first()
+
+    def _ranks(self, node: fx.Node) -> tuple[int, int]:
+        """Among how many ranks a collective is, and how far apart they are."""
+        mesh, axis = self.graph.mesh, axis_of(node)
+        return mesh.size(axis), mesh.stride(axis)
 
     def _await(self, index: int) -> None:
         before = self.now
@@ -168,7 +182,7 @@ class _Rank:
 
     def _sum(self, start: fx.Node) -> None:
         """What a wait has the host do with what came: no span of its own, as in a recording."""
-        kind, nbytes, world = name_of(start), collective_bytes(start), self.graph.world
+        kind, nbytes, (world, _) = name_of(start), collective_bytes(start), self._ranks(start)
         summed = self.cluster.summed(kind, nbytes, world)
         if summed:
             self._advance(self.cluster.device.seconds(0, summed, "f32"))

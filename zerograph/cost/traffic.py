@@ -12,7 +12,8 @@ from torch._ops import OpOverload
 
 from zerograph import ops
 from zerograph.compat import hint
-from zerograph.ir import TrainGraph, is_call, map_tensors
+from zerograph.ir import TrainGraph, axis_of, is_call, map_tensors
+from zerograph.mesh import named
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,11 @@ class Traffic:
 
 
 def traffic_of(graph: TrainGraph) -> dict[str, Traffic]:
-    """Per operator name ("gather", "reduce_scatter", ...): its collectives in one step."""
+    """Per operator name ("gather", "gather over node", ...): its collectives in one step."""
     found: dict[str, list[int]] = defaultdict(list)
     for node in graph.nodes():
         if is_call(node, *ops.COLLECTIVES):
-            found[name_of(node)].append(collective_bytes(node))
+            found[named(name_of(node), axis_of(node))].append(collective_bytes(node))
     return {name: Traffic(len(sizes), sum(sizes)) for name, sizes in sorted(found.items())}
 
 

@@ -38,7 +38,7 @@ def start_gathers(graph: TrainGraph, gathers: Sequence[fx.Node]) -> None:
         if not graph.updates_in_backward:
             place = max(place, _updates(graph).get(cast(str, bucket), place))
         with graph.inserting(place.next, "step", module_of(gather)) as insert:
-            place = insert(ops.gather_ahead, shard, bucket, world)
+            place = insert(ops.gather_ahead, shard, bucket, world, **gather.kwargs)
         starts.append(place)
     if graph.updates_in_backward:
         _start_in_backward(graph, starts)

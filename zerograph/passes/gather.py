@@ -21,6 +21,14 @@ millionth of the budget, rounded up, where sizes have no larger common divisor).
 buckets' is taken, which are held for the shortest time. A bucket with no other between its uses is kept in
 any case and not counted: to gather it again would free it for no operator of another block. Nor is what
 `schedule` starts early for the backward, which its own bounds limit.
+
+With a mesh of nodes (hpZ, ZeRO++, arXiv:2306.10209 section 3.2) the forward keeps of what it gathers each
+rank's slice of its node, and the backward gathers within the node:
+
+    forward                                    backward
+      %b0 = zero.gather b0                       %b0 = zero.gather b0 over node    # from %b0.second
+      zero.wait %b0                              zero.wait %b0
+      %b0.second = zero.partition b0 over node
 """
 
 from collections.abc import Iterable, Sequence
@@ -33,6 +41,7 @@ from torch import fx
 
 from zerograph import ops
 from zerograph.ir import Region, TrainGraph, is_call, module_of, region_of, role_of
+from zerograph.mesh import over
 from zerograph.passes.release import aliases, users_of_aliases
 
 
@@ -55,13 +64,13 @@ class Gather:
             return "every rank holds the full buckets"
         runs = self._runs(graph)
         kept = self._kept(graph, runs) if self.across else set()
-        count = 0
-        for run in runs:
-            for views in [run.views] if run in kept else run.by_region():
-                _gather_for(graph, views)
-                count += 1
+        parts = [p for run in runs for p in ([run.views] if run in kept else run.by_region())]
+        second = _Second(graph, graph.mesh.second if self.across else "")
+        for views in parts:
+            second.gather_for(views)
         said = f", {len(kept)} buckets kept for the backward" if kept else ""
-        return f"{count} gathers{said}"
+        said += f", of {len(second.slices)} a slice" if second.slices else ""
+        return f"{len(parts)} gathers{said}"
 
     def _kept(self, graph: TrainGraph, runs: list["_Run"]) -> set["_Run"]:
         """The runs that one gather serves over the turn from forward to backward."""
@@ -197,12 +206,44 @@ def _size(view: fx.Node) -> int:
     return int(view.meta["val"].numel())
 
 
-def _gather_for(graph: TrainGraph, views: list[fx.Node]) -> None:
+@dataclass
+class _Second:
+    """The slices that the forward keeps of what it gathers, from which the backward gathers over `axis`."""
+
+    graph: TrainGraph
+    axis: str
+    """Empty if it keeps none."""
+    slices: dict[str, fx.Node] = field(default_factory=dict)
+    """By bucket."""
+    _gathered: dict[str, fx.Node] = field(default_factory=dict)
+    """What the forward gathered last of each bucket."""
+
+    def gather_for(self, views: list[fx.Node]) -> None:
+        shard, region = cast(fx.Node, views[0].args[0]), region_of(views[0])
+        bucket, axis = role_of(shard).name, self.graph.mesh.cut
+        if region == "backward" and self.axis and bucket in self._gathered:
+            shard, axis = self._slice(bucket), self.axis
+        full = _gather_for(self.graph, views, shard, axis)
+        if region == "forward":
+            self._gathered[bucket] = full
+
+    def _slice(self, bucket: str) -> fx.Node:
+        if bucket not in self.slices:
+            full, size = self._gathered[bucket], self.graph.mesh.size(self.axis)
+            block = self.graph.layout.buckets[bucket].block
+            with self.graph.inserting(full.next, "forward", block) as insert:
+                made = insert(ops.partition, full, bucket, size, **over(self.axis))
+            self.graph.save(made)
+            self.slices[bucket] = made
+        return self.slices[bucket]
+
+
+def _gather_for(graph: TrainGraph, views: list[fx.Node], source: fx.Node, axis: str) -> fx.Node:
     """One gather and wait before the first view; a region's views of one parameter become one again."""
     shard, region = cast(fx.Node, views[0].args[0]), region_of(views[0])
-    bucket = role_of(shard).name
+    bucket, size = role_of(shard).name, graph.mesh.size(axis)
     with graph.inserting(views[0], region, graph.layout.buckets[bucket].block) as insert:
-        full = insert(ops.wait, insert(ops.gather, shard, bucket, graph.world))
+        full = insert(ops.wait, insert(ops.gather, source, bucket, size, **over(axis)))
     first: dict[tuple[Region, str], fx.Node] = {}
     for view in views:
         key = region_of(view), cast(str, view.args[1])
@@ -214,3 +255,4 @@ def _gather_for(graph: TrainGraph, views: list[fx.Node]) -> None:
             view.replace_input_with(shard, full)
     if region_of(views[-1]) != region:
         graph.save(full)
+    return full

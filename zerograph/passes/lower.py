@@ -3,6 +3,7 @@
     zero.gather %b0.shard         ->  c10d.all_gather_into_tensor_out(%b0.shard, 8, "dp", out=empty)
     zero.wait %b0                 ->  collectives.wait(%b0, "the gather of bucket b0")
       or, point-to-point:         ->  gathers.gather(%b0.shard, empty, "b0"), its wait()
+    zero.partition %b1 over node  ->  mesh.part(%b1, "node")                       a copy of the own slice
     zero.param %b0 "w"            ->  aten.as_strided(%b0, [64, 32], [32, 1], 0)     a view, no copy
     zero.release %b0              ->  nothing: a value's storage ends with its last use
     %8 = aten.mm(..)              ->  aten.mm.out(.., out=a view of %b0.grad)
@@ -19,19 +20,29 @@ end at its last use.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from torch import fx
 
 from zerograph import collectives, ops
 from zerograph.codegen import in_place
 from zerograph.cost import collective_bytes, name_of
-from zerograph.ir import Region, Role, TrainGraph, bucket_of, is_ahead, is_call, role_of
-from zerograph.passes.lowerings import CHANNELS, HANDLERS, called
+from zerograph.ir import Region, Role, TrainGraph, axis_of, bucket_of, is_ahead, is_call, role_of
+from zerograph.passes.lowerings import HANDLERS, called, channel_of
 
 _AHEAD = (ops.gather_ahead, ops.refresh, ops.refreshed)
 _KEPT = ("buffer", "constant", "input", "size")
 """Inputs that the backward takes as they were in the forward."""
+
+
+class Started(NamedTuple):
+    """A collective that a program starts."""
+
+    kind: str
+    bucket: str
+    """Empty for one of no bucket."""
+    axis: str
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -48,15 +59,24 @@ class Program:
     """Index in `graph.nodes()` of the region's first node."""
     saved: tuple[str, ...] = ()
     """Names of the values that the forward's answer ends with."""
-    starts: dict[str, tuple[str, str, int]] = field(default_factory=dict, compare=False)
-    """The collectives that it starts: what errors call each -> its kind, bucket ("" of none) and bytes."""
+    starts: dict[str, Started] = field(default_factory=dict, compare=False)
+    """The collectives that it starts, by what errors call each."""
+
+
+GroupName = Callable[[str], str]
+"""Answers the name of the process group along an axis, as the functional collectives know it."""
+
+
+def unnamed(axis: str) -> str:
+    """A name for programs that are looked at, not run."""
+    return axis or "dp"
 
 
 @dataclass(frozen=True)
 class Lower:
-    """Options: the process group's name, as the functional collectives know it."""
+    """Options: the names of process groups."""
 
-    group: str = "dp"
+    group: GroupName = unnamed
 
     def program(self, graph: TrainGraph, region: Region) -> Program:
         builder = Builder(graph, region, self.group)
@@ -67,7 +87,7 @@ class Lower:
 class Builder:
     graph: TrainGraph
     region: Region
-    group: str
+    group: GroupName
     out: fx.Graph = field(default_factory=fx.Graph)
     values: dict[fx.Node, fx.Node] = field(default_factory=dict)
     inputs: list[Role] = field(default_factory=list)
@@ -102,7 +122,8 @@ class Builder:
         roles, starts = tuple(self.inputs), {}
         for node in nodes:
             if is_call(node, *ops.COLLECTIVES) and self.graph.world > 1:
-                starts[called(node)] = name_of(node), bucket_of(node), collective_bytes(node)
+                about = name_of(node), bucket_of(node), axis_of(node), collective_bytes(node)
+                starts[called(node)] = Started(*about)
         return Program(self.region, module, roles, len(results), first, names, starts)
 
     def _needed(self, nodes: Sequence[fx.Node], results: Sequence[fx.Node | None]) -> list[fx.Node]:
@@ -117,12 +138,11 @@ class Builder:
         several = self.graph.world > 1
         ahead = any(is_ahead(node) or is_call(node, *_AHEAD) for node in nodes)
         used = {"ahead"} if several and ahead else set()
-        for node in nodes if self.point_to_point else ():
-            used |= {
-                n for n, kinds in CHANNELS.items() if is_call(node, *kinds) and not is_ahead(node)
-            }
+        used |= {"mesh"} if several and any(is_call(n, ops.partition) for n in nodes) else set()
+        if self.point_to_point:
+            used |= {channel_of(n) for n in nodes if channel_of(n) and not is_ahead(n)}
         for name in sorted(used):
-            self.channels[name] = self.out.placeholder(name)
+            self.channels[name] = self.out.placeholder(name.replace("/", "_"))
             self.inputs.append(Role("channel", name))
 
     @property
@@ -182,6 +202,10 @@ class Builder:
     def start(self, channel: str, method: str, *args: Any) -> fx.Node:
         """A collective on a channel; its result is pending."""
         return self.out.call_method(method, (self.channels[channel], *args))
+
+    def among(self, node: fx.Node) -> tuple[int, str]:
+        """(number of ranks, name of their process group) that a collective is among."""
+        return self.graph.mesh.size(axis_of(node)), self.group(axis_of(node))
 
     def collective(self, target: Callable[..., Any], alone: fx.Node, *args: Any) -> fx.Node:
         """`target(*args)`, or `alone` when there is nobody to talk to."""

@@ -4,7 +4,6 @@ lower.py walks the graph and calls them; its docstring shows what they make.
 """
 
 from collections.abc import Callable
-from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -13,14 +12,15 @@ from torch import fx
 from zerograph import collectives, ops
 from zerograph.codegen import dispatch, in_place, kernels, packing
 from zerograph.cost import name_of
-from zerograph.ir import TrainGraph, bucket_of, is_ahead, is_call
+from zerograph.ir import TrainGraph, axis_of, bucket_of, is_ahead, is_call
+from zerograph.mesh import named
 
 if TYPE_CHECKING:
     from zerograph.passes.lower import Builder
 
 c10d = torch.ops._c10d_functional
 CHANNELS = {"gathers": (ops.gather,), "reductions": (ops.reduce_scatter, ops.all_reduce)}
-"""What goes over each channel, point-to-point."""
+"""What goes over each kind of channel, point-to-point; each axis has channels of its own."""
 
 Handler = Callable[["Builder", fx.Node], fx.Node | None]
 
@@ -36,7 +36,7 @@ def _gather(b: "Builder", node: fx.Node) -> fx.Node:
         return b.start("ahead", "take", shard, bucket)
     if not b.point_to_point:
         return _gathered(b, shard, node)
-    return b.start("gathers", "gather", shard, _empty(b, shard, node), bucket)
+    return b.start(channel_of(node), "gather", shard, _empty(b, shard, node), bucket)
 
 
 def _gathered(b: "Builder", shard: fx.Node, node: fx.Node) -> fx.Node:
@@ -49,7 +49,7 @@ def _gathered(b: "Builder", shard: fx.Node, node: fx.Node) -> fx.Node:
         return shard
     op = c10d.all_gather_into_tensor_out.default
     buffer = _empty(b, shard, node)
-    return b.out.call_function(op, (shard, b.graph.world, b.group), {"out": buffer})
+    return b.out.call_function(op, (shard, *b.among(node)), {"out": buffer})
 
 
 def _empty(b: "Builder", like: fx.Node, node: fx.Node) -> fx.Node:
@@ -61,7 +61,7 @@ def _wait(b: "Builder", node: fx.Node) -> fx.Node:
     start = cast(fx.Node, node.args[0])
     if b.graph.world == 1:
         return pending
-    if is_ahead(start) or (b.point_to_point and is_call(start, *chain(*CHANNELS.values()))):
+    if is_ahead(start) or (b.point_to_point and channel_of(start)):
         return b.out.call_method("wait", (pending,))
     done = b.call(collectives.wait, pending, called(start))
     if not is_call(start, ops.reduce_scatter, ops.all_reduce):
@@ -70,13 +70,25 @@ def _wait(b: "Builder", node: fx.Node) -> fx.Node:
     return done if post in (None, 1.0) else b.call(torch.ops.aten.mul_.Scalar, done, post)
 
 
+def channel_of(node: fx.Node) -> str:
+    """The channel of a collective that goes point-to-point: `gathers/node`; empty for others."""
+    kind = next((name for name, kinds in CHANNELS.items() if is_call(node, *kinds)), "")
+    return f"{kind}/{axis_of(node)}" if kind and axis_of(node) else kind
+
+
 def called(start: fx.Node) -> str:
-    """What an error calls a collective: `the reduction of bucket b0`."""
+    """What an error calls a collective: `the reduction of bucket b0 over dp_shard`."""
     gathers = dict.fromkeys((ops.gather, ops.refresh), "gather")
     reductions = dict.fromkeys((ops.reduce_scatter, ops.all_reduce), "reduction")
     kinds: dict[Any, str] = gathers | reductions
     kind = kinds.get(start.target, "")
-    return f"the {kind} of bucket {bucket_of(start)}" if kind else f"the {name_of(start)}"
+    what = f"the {kind} of bucket {bucket_of(start)}" if kind else f"the {name_of(start)}"
+    return named(what, axis_of(start))
+
+
+def _partition(b: "Builder", node: fx.Node) -> fx.Node:
+    full = b.args(node)[0]
+    return full if b.graph.world == 1 else b.start("mesh", "part", full, axis_of(node))
 
 
 def _param(b: "Builder", node: fx.Node) -> fx.Node:
@@ -135,17 +147,17 @@ def _reduce_scatter(b: "Builder", node: fx.Node) -> fx.Node:
     sent, (_, post) = _sent(b, node), _factors(node)
     if b.point_to_point:
         mean = post is None
-        return b.start("reductions", "reduce_scatter", sent, node.args[1], mean, post or 1.0)
+        return b.start(channel_of(node), "reduce_scatter", sent, node.args[1], mean, post or 1.0)
     op = c10d.reduce_scatter_tensor.default
-    return b.collective(op, sent, sent, _operation(post), b.graph.world, b.group)
+    return b.collective(op, sent, sent, _operation(post), *b.among(node))
 
 
 def _all_reduce(b: "Builder", node: fx.Node) -> fx.Node:
     sent, (_, post) = _sent(b, node), _factors(node)
     if b.point_to_point:
         mean = post is None
-        return b.start("reductions", "all_reduce", sent, node.args[1], mean, post or 1.0)
-    return b.collective(c10d.all_reduce_.default, sent, sent, _operation(post), b.group)
+        return b.start(channel_of(node), "all_reduce", sent, node.args[1], mean, post or 1.0)
+    return b.collective(c10d.all_reduce_.default, sent, sent, _operation(post), b.among(node)[1])
 
 
 def _operation(post: float | None) -> str:
@@ -199,12 +211,12 @@ def _sum_norms(b: "Builder", node: fx.Node) -> fx.Node:
 
 def _any_rank(b: "Builder", node: fx.Node) -> fx.Node:
     flags, _ = b.args(node)
-    return b.collective(c10d.all_reduce.default, flags, flags, "max", b.group)
+    return b.collective(c10d.all_reduce.default, flags, flags, "max", b.among(node)[1])
 
 
 def _sum_weights(b: "Builder", node: fx.Node) -> fx.Node:
     weight, _ = b.args(node)
-    return b.collective(c10d.all_reduce.default, weight, weight, "sum", b.group)
+    return b.collective(c10d.all_reduce.default, weight, weight, "sum", b.among(node)[1])
 
 
 def _update(b: "Builder", node: fx.Node) -> fx.Node:
@@ -232,6 +244,7 @@ def _gather_ahead(b: "Builder", node: fx.Node) -> fx.Node | None:
 HANDLERS: dict[Any, Handler] = {
     ops.checkpoint: _checkpoint,
     ops.gather: _gather,
+    ops.partition: _partition,
     ops.wait: _wait,
     ops.param: _param,
     ops.release: _release,

@@ -15,6 +15,14 @@ backward, each backward reduces, behind its compute, and what it receives accumu
 is reduced, whichever gradients this graph has, so that the order of collectives never depends on them. Each
 backward weighs 1/accumulation (with weighted accumulation 1: the losses carry their weights, and `update`
 divides by their sum).
+
+With copies (MiCS, arXiv:2205.00119 section 3.4, its 2-hop synchronization) a reduction has two halves, the
+second in the step where that has several backwards:
+
+      %b0.group = zero.reduce_scatter %b0.grad over dp_shard
+      zero.wait %b0.group
+      %b0.mean = zero.all_reduce %b0.group over dp_replicate
+      zero.wait %b0.mean
 """
 
 from collections.abc import Mapping
@@ -27,6 +35,7 @@ from torch import fx
 from zerograph import ops
 from zerograph.ir import Gradient, Inserter, TrainGraph
 from zerograph.layout import Bucket
+from zerograph.mesh import Mesh, over
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,15 @@ class Average:
     def factors(self, world: int) -> tuple[float, float]:
         """(pre, post) of `post * sum over ranks of (pre * gradient)`."""
         return 1 / self.before, self.before / (world if self.mean else 1)
+
+    def halves(self, mesh: Mesh) -> tuple[tuple[float, float], tuple[float, float]]:
+        """The factors of a reduction over `mesh.cut`, and of the one along `mesh.copies` behind it."""
+        pre, post = self.factors(mesh.world)
+        if not mesh.copies:
+            return (pre, post), (1.0, 1.0)
+        if (pre, post) == MEAN.factors(mesh.world):  # each is then the collective's own average
+            return (1.0, 1 / mesh.slices), (1.0, 1 / mesh.size(mesh.copies))
+        return (pre, 1.0), (1.0, post)
 
 
 MEAN = Average()
@@ -89,6 +107,8 @@ class Reduce:
             grad = filled
             if graph.reduces_early:
                 grad = insert(ops.wait, _start(graph, insert, self.average, bucket, grad))
+            if graph.mesh.copies and not graph.syncs_late:
+                grad = insert(ops.wait, _along_copies(graph, insert, self.average, bucket, grad))
             return insert(ops.accumulate, kept, grad, bucket.name, self.weight)
 
 
@@ -103,12 +123,12 @@ def means(
 
     All are started before the first is waited for, unless nothing `overlaps`.
     """
-    if graph.reduces_early:
+    if graph.reduces_early and not graph.syncs_late:
         return dict(kept)
-    started = {}
+    start, started = _along_copies if graph.syncs_late else _start, {}
     for bucket, node in kept.items():
         sent = cast_to(insert, node, graph.precision.reduce(bucket.dtype))
-        started[bucket] = _start(graph, insert, average, bucket, sent)
+        started[bucket] = start(graph, insert, average, bucket, sent)
         if not overlaps:
             started[bucket] = insert(ops.wait, started[bucket])
     if not overlaps:
@@ -119,9 +139,19 @@ def means(
 def _start(
     graph: TrainGraph, insert: Inserter, average: Average, bucket: Bucket, sent: fx.Node
 ) -> fx.Node:
-    """The reduction of one bucket."""
+    """The reduction of one bucket, over the ranks that hold it together."""
     target = ops.all_reduce if graph.stage == 0 else ops.reduce_scatter
-    return insert(target, sent, bucket.name, *average.factors(graph.world), graph.world)
+    mesh, (factors, _) = graph.mesh, average.halves(graph.mesh)
+    return insert(target, sent, bucket.name, *factors, mesh.slices, **over(mesh.cut))
+
+
+def _along_copies(
+    graph: TrainGraph, insert: Inserter, average: Average, bucket: Bucket, sent: fx.Node
+) -> fx.Node:
+    """The second half of it: the sum of a slice over the copies of the bucket."""
+    mesh, (_, factors) = graph.mesh, average.halves(graph.mesh)
+    size = mesh.size(mesh.copies)
+    return insert(ops.all_reduce, sent, bucket.name, *factors, size, **over(mesh.copies))
 
 
 def cast_to(insert: Inserter, node: fx.Node, dtype: torch.dtype) -> fx.Node:

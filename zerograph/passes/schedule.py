@@ -22,6 +22,7 @@ The wait of a reduction moves behind the start of the next `in_flight - 1` reduc
 order of collectives follows from the graph alone.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import ClassVar
@@ -63,20 +64,19 @@ class Schedule:
 
     def _sink(self, graph: TrainGraph) -> int:
         """Move each reduction's wait, and what is done with its mean, later in the backward."""
-        kinds = (ops.reduce_scatter, ops.all_reduce)
-        starts = [n for n in graph.nodes("backward") if is_call(n, *kinds)]
         if self.in_flight < 2:
             return 0
-        behind = _behind_reductions(graph)
-        for index, start in enumerate(starts):
-            later = index + self.in_flight - 1
-            place = starts[later].next if later < len(starts) else graph.end("backward")
-            wait = _wait_of(start)
-            done = behind[bucket_of(start)]
-            for node in (wait, *(user for user in wait.users if user not in done), *done):
-                if node < place:
-                    place.prepend(node)
-        return len(starts)
+        sunk, done = 0, _behind_reductions(graph)
+        for kind in (ops.reduce_scatter, ops.all_reduce):
+            starts = [n for n in graph.nodes("backward") if is_call(n, kind)]
+            for index, start in enumerate(starts):
+                later = index + self.in_flight - 1
+                place = starts[later].next if later < len(starts) else graph.end("backward")
+                for node in _behind(start, done[bucket_of(start)]):
+                    if node < place:
+                        place.prepend(node)
+            sunk += len(starts)
+        return sunk
 
 
 @dataclass
@@ -173,6 +173,16 @@ class _Line:
         if region_of(gather) != region_of(wait):
             gather.meta["region"] = region_of(wait)
             self.graph.save(gather)
+
+
+def _behind(start: fx.Node, done: list[fx.Node]) -> Iterator[fx.Node]:
+    """What follows the start of a reduction: its wait, that along the copies, and what is `done` then."""
+    node = start
+    while node not in done:
+        node = _wait_of(node) if is_call(node, *ops.COLLECTIVES) else next(iter(node.users))
+        if node not in done:
+            yield node
+    yield from done
 
 
 def _wait_of(start: fx.Node) -> fx.Node:

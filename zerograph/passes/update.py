@@ -13,9 +13,9 @@
       %b0.new = zero.refresh %b0.full, %b0.shard   # stages 1 and 2, persistent buckets: everyone's slices
       zero.wait %b0.new
 
-The norm is at every stage the sum, in rank order, of one partial for each rank's slice; at stage 0, where
-every rank has every slice, no communication is needed for it. Where some parameter has no gradient in
-this graph, ranks exchange which ones had (a parameter is left alone if it had none on any rank).
+The norm is at every stage the sum, in rank order, of one partial for each rank's slice (of one copy); at
+stage 0, where every rank has every slice, no communication is needed for it. Where some parameter has no
+gradient in this graph, ranks exchange which ones had (a parameter is left alone if it had none on any rank).
 ZeRO, arXiv:1910.02054 section 5.1.
 
 What gradients were multiplied by is divided out of the norm and, with clipping, in one factor:
@@ -47,6 +47,7 @@ from torch import fx
 from zerograph import ops
 from zerograph.ir import Inserter, TrainGraph, is_call, region_of, role_of
 from zerograph.layout import Bucket
+from zerograph.mesh import over
 from zerograph.passes.reduce import MEAN, Average, means
 from zerograph.passes.scale import add_scalar
 
@@ -107,10 +108,12 @@ class _Step:
 
     def _finish(self, insert: Inserter, grads: list[fx.Node]) -> tuple[fx.Node, fx.Node | None]:
         """The norm, and what controls the updates; None where that is nothing."""
-        whole = self.graph.stage == 0
+        whole, mesh = self.graph.stage == 0, self.graph.mesh
         partials = insert(ops.norm_partials, grads, self.graph.world if whole else 1)
         if not whole:
-            partials = insert(ops.wait, insert(ops.gather_partials, partials, self.graph.world))
+            partials = insert(
+                ops.wait, insert(ops.gather_partials, partials, mesh.slices, **over(mesh.cut))
+            )
         divided = self._divided(insert)
         skips = self.graph.precision.skips or self.options.weighted
         made = insert(ops.finish, partials, divided, self.options.max_norm, skips)
@@ -172,7 +175,8 @@ class _Step:
             insert(ops.update, *args, *([norms[bucket]] if norms else []))
             if bucket.refreshed(self.graph.stage):
                 full = self.graph.placeholder("full", bucket.name)
-                insert(ops.refresh, full, self._own(bucket), bucket.name, self.graph.world)
+                own, mesh = self._own(bucket), self.graph.mesh
+                insert(ops.refresh, full, own, bucket.name, mesh.slices, **over(mesh.cut))
                 if not self.options.overlaps:
                     insert(ops.refreshed, full, bucket.name)
 
@@ -180,7 +184,8 @@ class _Step:
         """Sums over all ranks' parts of each parameter. All ranks exchange, whatever parameters they used."""
         if self.graph.stage == 0:
             return own
-        gathered = insert(ops.wait, insert(ops.gather_norms, list(own.values()), self.graph.world))
+        mesh, norms = self.graph.mesh, list(own.values())
+        gathered = insert(ops.wait, insert(ops.gather_norms, norms, mesh.slices, **over(mesh.cut)))
         firsts = accumulate((len(bucket.params) for bucket in own), initial=0)
         return {
             bucket: insert(ops.sum_norms, gathered, bucket.name, first, len(bucket.params))

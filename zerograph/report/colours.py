@@ -41,8 +41,13 @@ SPARE: tuple[Pair, ...] = (
 
 
 def collective_colours(kinds: Iterable[str]) -> dict[str, Pair]:
-    """The colours of `kinds`, in the order of COLLECTIVES."""
-    return _coloured(COLLECTIVES, kinds)
+    """The colours of `kinds`, in the order of COLLECTIVES; one for a kind, whatever its axis."""
+    return _coloured(COLLECTIVES, map(kind_of, kinds))
+
+
+def kind_of(name: str) -> str:
+    """`gather` for `gather over node`."""
+    return name.partition(" over ")[0]
 
 
 def memory_colours(categories: Iterable[str]) -> dict[str, Pair]:

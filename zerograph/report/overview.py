@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from zerograph.blocks import folded_name, folds
 from zerograph.document import BucketEntry, Document
+from zerograph.report.colours import kind_of
 from zerograph.report.recorded import Recorded
 from zerograph.units import count, duration, percent, size
 
@@ -62,7 +63,7 @@ def traffic_rows(document: Document) -> list[Row]:
     most = max((t.nbytes for t in document.traffic.values()), default=1)
     found = sorted(document.traffic.items(), key=lambda item: (-item[1].nbytes, item[0]))
     return [
-        Row(name, (f"{t.count:,}", size(t.nbytes)), t.nbytes / (most or 1), f"c-{name}")
+        Row(name, (f"{t.count:,}", size(t.nbytes)), t.nbytes / (most or 1), f"c-{kind_of(name)}")
         for name, t in found
     ]
 

@@ -15,6 +15,7 @@ from typing import Protocol
 from torch import Tensor
 
 from zerograph.collectives import start_gather
+from zerograph.mesh import named
 from zerograph.runtime.world import World
 
 
@@ -59,8 +60,10 @@ class Ahead:
         self._gathers.clear()
 
     def _start(self, shard: Tensor, bucket: str, full: Tensor | None = None) -> Pending:
+        size, axis = self.world.mesh.slices, self.world.mesh.cut
         if full is None:
-            full = shard.new_empty(shard.numel() * self.world.size)
+            full = shard.new_empty(shard.numel() * size)
         if self.world.algorithm == "point-to-point":
-            return self.world.channel("gathers").gather(shard, full, bucket)
-        return start_gather(shard, full, bucket, self.world.size, self.world.group_name)
+            return self.world.channel("gathers", axis).gather(shard, full, bucket)
+        what = named(f"the gather of bucket {bucket}", axis)
+        return start_gather(shard, full, what, size, self.world.name_of(axis))

@@ -8,7 +8,8 @@ the config says. Here the same nodes are a program of their own, so that the bit
       %b0.mean = zero.reduce_scatter %0                      # stage 0: all_reduce
       zero.wait %b0.mean
 
-Where every backward reduces (stages 2 and 3, or one backward a step) what is kept are the means.
+Where every backward reduces (stages 2 and 3, or one backward a step) what is kept are the means; with copies
+(MiCS) and several backwards, those of one copy, and what is left is the sum along the copies.
 """
 
 from collections.abc import Mapping
@@ -33,7 +34,7 @@ class Means:
     state: State
     average: Average
     early: bool
-    """Whether every backward reduces: what is kept are the means."""
+    """Whether every backward reduces, over all ranks: what is kept are the means."""
     _made: tuple[Layout, Program] | None = None
 
     @torch.no_grad()
@@ -65,7 +66,7 @@ class Means:
 
     def _program(self) -> Program:
         if self._made is None or self._made[0] is not self.state.layout:
-            lower = Lower(self.state.world.group_name)
+            lower = Lower(self.state.world.name_of)
             self._made = self.state.layout, lower.program(self._graph(), "step")
         return self._made[1]
 
@@ -80,7 +81,8 @@ class Means:
         kept = {}
         for bucket in self._buckets():
             dtype = state.precision.accumulate(bucket.dtype)
-            value = made.fake(bucket.numel, dtype, state.world.device)
+            numel = bucket.numel if state.stage < 3 else bucket.shard_numel
+            value = made.fake(numel, dtype, state.world.device)
             kept[bucket] = made.add_placeholder("kept", bucket.name, value)
         with made.inserting(made.output, "step") as insert:
             found = means(made, insert, self.average, kept)

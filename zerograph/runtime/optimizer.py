@@ -213,7 +213,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _apart(self, bucket: str, used: Sequence[int]) -> dict[int, Run]:
         """The run of each used parameter with elements here, by its place among the bucket's."""
         size = self._state.storages[bucket].shard.numel()
-        begin = size * self._state.world.rank if self._state.stage else 0
+        begin = size * self._state.world.place if self._state.stage else 0
         runs: dict[int, Run] = {}
         for place, (param, start, stop) in enumerate(self._layout.extents(bucket)):
             index = self._index[param.name]

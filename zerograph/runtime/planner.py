@@ -69,7 +69,7 @@ class Planner:
         PlanError for the model or its groups, AgreementError if ranks differ.
         """
         blocks = layout_of(self.module, self.world.size, self.precision, self.param_groups, trained)
-        layout = within(blocks, limits_of(self.config))
+        layout = within(blocks, limits_of(self.config)).over(self.world.mesh)
         spec = optimizer_of(self.config, layout, self.client)
         what = f"the layout of {type(self.module).__name__}"
         self.agreement.agree(what, self._lines(layout, spec))
@@ -102,7 +102,7 @@ class Planner:
             adopt(made)
             return made
 
-        planned, group = make_plan(), self.world.group_name
+        planned, group = make_plan(), self.world.name_of
         return Compiled(traced, planned, planned.program("forward", group), make_plan, group)
 
     def require_groups(self, thawed: Mapping[str, Tensor]) -> None:
@@ -124,7 +124,8 @@ class Planner:
         lines = [
             f"stage {config.zero_optimization.stage}, "
             f"accumulation {config.batch(self.world.size).accumulation}, "
-            f"clipping {config.gradient_clipping}, optimizer {spec.rule.name if spec else 'none'}"
+            f"clipping {config.gradient_clipping}, optimizer {spec.rule.name if spec else 'none'}",
+            *layout.mesh.lines(),
         ]
         for bucket in layout.buckets.values():
             lines += [f"{bucket.name} is persistent"] if bucket.persistent else []

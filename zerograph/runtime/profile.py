@@ -22,6 +22,7 @@ from zerograph.cost import Cluster, cluster_of
 from zerograph.errors import PlanError
 from zerograph.export import chrome_trace
 from zerograph.measured import CallEntry, Collective, Measured, StretchEntry
+from zerograph.mesh import named
 from zerograph.passes.lower import Program
 from zerograph.plan import Plan
 from zerograph.runtime.clock import Mark, now, seconds
@@ -144,18 +145,18 @@ class Profile:
         )
 
     def _entries(self) -> Iterator[CallEntry]:
-        link, world = cluster_of("cpu"), self.engine.world.size
+        link, mesh = cluster_of("cpu"), self.engine.world.mesh
         for call in self.watch.calls:
             if call.ended is None:
                 continue
             waits = tuple((self._since(begin), self._since(end)) for begin, end in list(call.waits))
             end, seen = self._end(call, waits)
             yield CallEntry(
-                call.kind,
+                named(call.kind, call.axis),
                 call.bucket,
                 call.region,
                 call.nbytes,
-                sent=link.bytes_per_link(call.kind, call.nbytes, world),
+                sent=link.bytes_per_link(call.kind, call.nbytes, mesh.size(call.axis)),
                 start=self._since(call.began),
                 end=end,
                 seen=seen,

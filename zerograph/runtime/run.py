@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zerograph import compat
 from zerograph.errors import PlanError, ZerographError
 from zerograph.ir import Role, role_of
-from zerograph.passes.lower import Program
+from zerograph.passes.lower import GroupName, Program
 from zerograph.plan import Plan
 from zerograph.runtime.state import State
 from zerograph.trace import Trace
@@ -32,7 +32,7 @@ class Compiled:
     forward: Program
     make_plan: Callable[[tuple[str, ...]], Plan]
     """Plans the step for other arriving gradients, agreeing with the other ranks."""
-    group: str
+    group: GroupName
     backwards: dict[tuple[str, ...], tuple[Plan, Program]] = field(default_factory=dict)
     waiting: "WeakSet[Any]" = field(default_factory=WeakSet)
     """The autograd nodes whose backward has not run, as long as they can still run."""

@@ -99,18 +99,24 @@ class State:
 
     # Reading
 
-    def resolve(self, role: Role) -> Tensor | Channel | Ahead | None:
+    def resolve(self, role: Role) -> Tensor | Channel | Ahead | World | None:
         """The tensor (or channel) behind a program's input."""
         if role.kind == "scale":
             return self.scale
         if role.kind == "channel":
-            return self.ahead if role.name == "ahead" else self.world.channel(role.name)
+            return self._channel(role.name)
         name, _, part = role.name.partition("/")
         storage = self.storages[name]
         if role.kind == "state":
             return storage.states[part]
         found: Tensor | None = getattr(storage, role.kind)
         return found
+
+    def _channel(self, name: str) -> Channel | Ahead | World:
+        if name in ("ahead", "mesh"):
+            return self.ahead if name == "ahead" else self.world
+        kind, _, axis = name.partition("/")
+        return self.world.channel(kind, axis)
 
     def full_values(self, bucket: Bucket) -> Tensor:
         """The whole bucket [numel] in its most precise form, the same on all ranks. A new tensor."""
@@ -131,8 +137,8 @@ class State:
         """This rank's slice of a full bucket (all of it at stage 0)."""
         if self.stage == 0:
             return flat
-        size = flat.numel() // self.world.size
-        return flat[self.world.rank * size : (self.world.rank + 1) * size]
+        size, place = flat.numel() // self.world.mesh.slices, self.world.place
+        return flat[place * size : (place + 1) * size]
 
     # Writing
 
@@ -156,7 +162,7 @@ class State:
     def piece(self, param: Param) -> tuple[int, int]:
         """(start, stop) of a parameter's elements in this rank's slice of its bucket, padding left out."""
         size = self.storages[param.bucket].shard.numel()
-        begin = size * self.world.rank if self.stage else 0
+        begin = size * self.world.place if self.stage else 0
         low = min(max(param.offset - begin, 0), size)
         return low, max(low, min(param.offset + param.numel - begin, size))
 

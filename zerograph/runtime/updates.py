@@ -103,7 +103,7 @@ class Updates:
             return
         asks = bool(plan.graph.unused)
         if self.chosen is None or (asks and not self.chosen[0].graph.unused):
-            self.chosen = (plan, plan.program("step", self.state.world.group_name))
+            self.chosen = (plan, plan.program("step", self.state.world.name_of))
 
     def require_open(self, what: str) -> None:
         """Raise PlanError if the backward since the last step has applied its gradients already."""

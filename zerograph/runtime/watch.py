@@ -41,6 +41,7 @@ class Call:
     bucket: str
     region: str
     """In which it was started; the forward for a gather that the step before it has started."""
+    axis: str
     nbytes: int
     """Of the full buffer."""
     began: Mark
@@ -92,10 +93,11 @@ class Watch:
         assert self.program is not None
         kind, region = "gather", "forward"  # of what is not the step's own, but started ahead
         if exchange.what in self.program.starts:
-            kind, region = self.program.starts[exchange.what][0], self.program.region
+            kind, region = self.program.starts[exchange.what].kind, self.program.region
         nbytes = exchange.channel.size * exchange.own.nbytes
         if exchange.seen is None:
-            exchange.seen = Call(kind, exchange.bucket, region, nbytes, begin)
+            axis = exchange.channel.axis
+            exchange.seen = Call(kind, exchange.bucket, region, axis, nbytes, begin)
             self.calls.append(exchange.seen)
         call: Call = exchange.seen  # or the second half of an all-reduce
         works: list[_Message] = []
@@ -127,8 +129,8 @@ class Watch:
 
     def _start(self, what: str) -> None:
         assert self.program is not None
-        kind, bucket, nbytes = self.program.starts[what]
-        call = (kind, bucket, self.program.region, nbytes, now(self.world.device))
+        kind, bucket, axis, nbytes = self.program.starts[what]
+        call = (kind, bucket, self.program.region, axis, nbytes, now(self.world.device))
         self.calls.append(Call(*call, native=True))
         self._pending[what].append(self.calls[-1])
 

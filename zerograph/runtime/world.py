@@ -1,9 +1,9 @@
-"""World: this process's rank, device and process group."""
+"""World: this process's rank, device and process groups."""
 
 import atexit
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,12 +11,19 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
+from zerograph import compat
 from zerograph.collectives import Algorithm, Channel, algorithm_for
 from zerograph.errors import PlanError
+from zerograph.mesh import ALL, Mesh
 
 CHANNELS = ("gathers", "reductions")
 """Groups of their own, so that neither kind of collective queues behind the other."""
-_channels: WeakKeyDictionary[dist.ProcessGroup, dict[str, Channel]] = WeakKeyDictionary()
+Key = tuple[str, int, int]
+"""What a group along an axis is told by: the axis, its size and its stride."""
+_groups: WeakKeyDictionary[dist.ProcessGroup, dict[Key, dist.ProcessGroup]] = WeakKeyDictionary()
+_channels: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[str, Key], Channel]] = (
+    WeakKeyDictionary()
+)
 
 
 @dataclass(frozen=True)
@@ -27,11 +34,40 @@ class World:
     size: int
     device: torch.device
     group: dist.ProcessGroup | None
+    grid: Mesh | None = None
+    """The axes of the ranks; None for one axis."""
+
+    def over(self, mesh: Mesh) -> "World":
+        """The same ranks on a mesh."""
+        return replace(self, grid=mesh)
 
     @property
-    def group_name(self) -> str:
-        """The group's name as functional collectives know it."""
-        return str(self.group.group_name) if self.group is not None else "alone"
+    def mesh(self) -> Mesh:
+        return self.grid if self.grid is not None else Mesh.flat(self.size)
+
+    @property
+    def place(self) -> int:
+        """Which slice of every bucket this rank has."""
+        return self.mesh.index(self.mesh.cut, self.rank)
+
+    def name_of(self, axis: str = ALL) -> str:
+        """The name of the group along an axis as functional collectives know it."""
+        return str(self.group_along(axis).group_name) if self.group is not None else "alone"
+
+    def group_along(self, axis: str) -> dist.ProcessGroup:
+        """This rank's process group along an axis. The first asked for makes all, on all ranks together."""
+        assert self.group is not None
+        if axis == ALL:
+            return self.group
+        made = _groups.setdefault(self.group, {})
+        for each in self.mesh.used:
+            if each != ALL and self._key(each) not in made:
+                ranks = self.mesh.members(each, self.rank)
+                made[self._key(each)] = compat.group_beside(self.group, ranks)
+        return made[self._key(axis)]
+
+    def _key(self, axis: str) -> Key:
+        return axis, self.mesh.size(axis), self.mesh.stride(axis)
 
     @property
     def algorithm(self) -> Algorithm:
@@ -39,29 +75,39 @@ class World:
         gloo = self.group is None or dist.get_backend(self.group) == "gloo"
         return algorithm_for(self.device) if gloo else "native"
 
-    def channel(self, name: str) -> Channel:
-        """One of CHANNELS. The first one asked for makes all, on all ranks at the same time."""
+    def channel(self, name: str, axis: str = ALL) -> Channel:
+        """One of CHANNELS along an axis. The first one asked for makes all, on all ranks at the same time."""
         assert self.group is not None
-        if self.group not in _channels:
-            _channels[self.group] = {each: Channel.beside(self.group) for each in CHANNELS}
-        return _channels[self.group][name]
+        made = _channels.setdefault(self.group, {})
+        for along in dict.fromkeys((axis, *self.mesh.used)):
+            for kind in CHANNELS:
+                if (kind, self._key(along)) not in made:
+                    channel = Channel.beside(self.group_along(along), along)
+                    made[kind, self._key(along)] = channel
+        return made[name, self._key(axis)]
 
     def channels(self) -> Mapping[str, Channel]:
         """Those made so far, by name."""
-        return _channels.get(self.group, {}) if self.group is not None else {}
+        made = _channels.get(self.group, {}) if self.group is not None else {}
+        return {f"{kind} {key}": channel for (kind, key), channel in made.items()}
 
     def broadcast(self, tensor: torch.Tensor, source: int = 0) -> None:
         """Overwrite `tensor` with rank `source`'s, in place."""
         if self.size > 1:
             dist.broadcast(tensor, src=source, group=self.group)
 
+    def part(self, full: torch.Tensor, axis: str) -> torch.Tensor:
+        """A copy of this rank's slice [n] of `full` [n * size], cut over an axis."""
+        size, place = full.numel() // self.mesh.size(axis), self.mesh.index(axis, self.rank)
+        return full[place * size : (place + 1) * size].clone()
+
     def all_gather(self, shard: torch.Tensor) -> torch.Tensor:
-        """All ranks' shards [n] concatenated in rank order [size * n]."""
+        """The shards [n] of all ranks that hold a bucket together, in their order [n * slices]."""
         if self.size == 1:
             return shard.clone()
-        ops = torch.ops._c10d_functional
-        full = shard.new_empty(self.size * shard.numel())
-        ops.all_gather_into_tensor_out(shard.contiguous(), self.size, self.group_name, out=full)
+        ops, (slices, axis) = torch.ops._c10d_functional, (self.mesh.slices, self.mesh.cut)
+        full = shard.new_empty(slices * shard.numel())
+        ops.all_gather_into_tensor_out(shard.contiguous(), slices, self.name_of(axis), out=full)
         gathered: torch.Tensor = ops.wait_tensor(full)
         return gathered
 

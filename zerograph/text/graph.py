@@ -70,6 +70,7 @@ def _head(graph: TrainGraph, after: str) -> list[Line]:
     return [
         Line(f"{head} | after {after}"),
         Line(f"precision  {graph.precision.describe()}"),
+        *(Line(each) for each in graph.mesh.lines()),
         *(Line(each) for each in _collectives(graph)),
         *(Line(each) for each in (*_sizes(graph), *_buckets(graph))),
     ]

@@ -5,7 +5,7 @@ from typing import Any, cast
 from torch import fx
 
 from zerograph import ops
-from zerograph.ir import TrainGraph, bucket_of, is_call, role_of
+from zerograph.ir import TrainGraph, axis_of, bucket_of, is_call, role_of
 from zerograph.sizes import Sizes
 
 
@@ -77,8 +77,9 @@ def _zero_name(node: fx.Node, names: Names) -> str:
         return "%weights"
     suffix = {
         ops.gather: "",
+        ops.partition: ".second",
         ops.grad_buffer: ".grad",
-        ops.reduce_scatter: ".mean",
+        ops.reduce_scatter: ".group" if axis_of(node) else ".mean",
         ops.all_reduce: ".mean",
         ops.accumulate: ".sum",
         ops.squares: ".squares",

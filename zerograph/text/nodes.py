@@ -12,6 +12,7 @@ from zerograph.codegen.in_place import is_in_place
 from zerograph.compat import SYMBOLIC
 from zerograph.cost import collective_bytes, nbytes
 from zerograph.ir import (
+    axis_of,
     bucket_of,
     is_ahead,
     is_call,
@@ -20,6 +21,7 @@ from zerograph.ir import (
     module_of,
     region_of,
 )
+from zerograph.mesh import named
 from zerograph.precision import short
 from zerograph.text.names import Names
 from zerograph.units import size
@@ -66,10 +68,11 @@ def _zero_line(node: fx.Node, names: Names) -> str:
     target = f"zero.{cast(OpOverload, node.target)._schema.name.partition('::')[2]}"
     name, args = names[node], node.args
     first = _value(args[0], names)
-    if is_call(node, ops.gather):
-        return f"{name} = {target} {args[1]}" + (" ahead" if is_ahead(node) else "")
+    if is_call(node, ops.gather, ops.partition):
+        where = named(f"{target} {args[1]}", axis_of(node))
+        return f"{name} = {where}" + (" ahead" if is_ahead(node) else "")
     if is_call(node, ops.gather_ahead):
-        return f"{target} {args[1]}"
+        return named(f"{target} {args[1]}", axis_of(node))
     if is_call(node, ops.checkpoint):
         return f'{target} {first} "{args[1]}"'
     if is_call(node, ops.wait, ops.release, ops.refreshed):
@@ -89,7 +92,7 @@ def _zero_line(node: fx.Node, names: Names) -> str:
     if is_call(node, ops.finish):
         return f"{name}: {type_of(node, names)} = {target} {_finish_arguments(node, names)}"
     shown = ", ".join(_value(a, names) for a in _shown(node))
-    return f"{name}: {type_of(node, names)} = {target} {shown}"
+    return named(f"{name}: {type_of(node, names)} = {target} {shown}", axis_of(node))
 
 
 def _shown(node: fx.Node) -> Sequence[Any]:

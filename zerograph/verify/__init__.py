@@ -6,7 +6,7 @@ about has been provided. A VerifyError says which invariant, at which node, and 
 
 from zerograph.errors import VerifyError
 from zerograph.ir import TrainGraph
-from zerograph.verify import collectives, gradients, norms, step, values
+from zerograph.verify import axes, collectives, gradients, norms, step, values
 from zerograph.verify.common import Check
 
 
@@ -33,6 +33,8 @@ CHECKS: tuple[tuple[frozenset[str], Check], ...] = (
     (_HAS({"gathered"}), collectives.params_are_gathered),
     (_HAS({"gathered"}), collectives.collectives_are_waited_for),
     (_HAS({"gathered"}), collectives.buckets_stay_apart),
+    (_HAS({"gathered"}), axes.axes_fit),
+    (_HAS({"gathered"}), axes.slices_are_kept),
     (_HAS({"released"}), collectives.gathers_are_released),
     (_HAS({"reduced"}), gradients.gradients_are_reduced_once),
     (_HAS({"reduced"}), gradients.accumulated_once),

@@ -8,7 +8,7 @@ from torch import fx
 
 from zerograph import ops
 from zerograph.cost import peak_gathered
-from zerograph.ir import TrainGraph, is_ahead, is_call, region_of, role_of, view_root
+from zerograph.ir import TrainGraph, axis_of, is_ahead, is_call, region_of, role_of, view_root
 from zerograph.passes.release import users_of_aliases
 from zerograph.verify.common import bucket_of, say, source_of
 
@@ -60,8 +60,8 @@ def collectives_are_waited_for(graph: TrainGraph) -> Iterator[str]:
                 if user not in waits and not (user.op == "output" and kept):
                     what = "the output" if user.op == "output" else user.name
                     yield f"{what} uses {say(node)} without waiting for it"
-            if graph.world != _world_of(node):
-                yield f"{say(node)} is for {_world_of(node)} ranks, not {graph.world}"
+            if (size := graph.mesh.size(axis_of(node))) != _world_of(node):
+                yield f"{say(node)} is for {_world_of(node)} ranks, not {size}"
         if is_call(node, ops.wait) and not is_call(cast(fx.Node, node.args[0]), *ops.COLLECTIVES):
             yield f"{node.name} waits for what was never started"
 

@@ -17,6 +17,7 @@ Check = Callable[[TrainGraph], Iterator[str]]
 _BUCKET_ARGUMENT = {
     ops.gather: 1,
     ops.gather_ahead: 1,
+    ops.partition: 1,
     ops.refreshed: 1,
     ops.release: 1,
     ops.grad_buffer: 1,

@@ -71,11 +71,21 @@ def _chain(graph: TrainGraph, buffer: fx.Node, puts: Counter[str]) -> Iterator[s
         if not is_call(user, reduction) or user.args[1] != bucket:
             yield f"the buffer of {bucket} goes to {user.name} unreduced"
             return
-        user = next(iter(next(iter(user.users), user).users), user)
+        user = _behind(user)
+        if graph.mesh.copies and not graph.syncs_late:
+            if not is_call(user, ops.all_reduce) or user.args[1] != bucket:
+                yield f"the gradients of {bucket} go to {user.name} without those of the other copies"
+                return
+            user = _behind(user)
     if graph.updates_in_backward:
         return  # `updates_agree` knows the rest
     if not is_call(user, ops.accumulate) or user.args[2] != bucket:
         yield f"the gradients of {bucket} are not accumulated but go to {user.name}"
+
+
+def _behind(start: fx.Node) -> fx.Node:
+    """What uses a reduction once it is there."""
+    return next(iter(next(iter(start.users), start).users), start)
 
 
 def written_in_place(graph: TrainGraph) -> Iterator[str]:
@@ -106,8 +116,8 @@ def accumulated_once(graph: TrainGraph) -> Iterator[str]:
 
 def reductions_agree(graph: TrainGraph) -> Iterator[str]:
     """All gradients are averaged in the same way."""
-    kinds = (ops.reduce_scatter, ops.all_reduce)
-    found = [n for n in graph.nodes() if is_call(n, *kinds)]
-    for node in found:
-        if node.args[2:] != found[0].args[2:]:
-            yield f"{say(node)} averages otherwise than {say(found[0])}"
+    for kind in (ops.reduce_scatter, ops.all_reduce):
+        found = [n for n in graph.nodes() if is_call(n, kind)]
+        for node in found:
+            if node.args[2:] != found[0].args[2:]:
+                yield f"{say(node)} averages otherwise than {say(found[0])}"

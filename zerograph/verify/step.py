@@ -22,7 +22,7 @@ def updated_once(graph: TrainGraph) -> Iterator[str]:
     refreshes = {bucket_of(n): n for n in graph.nodes() if is_call(n, ops.refresh)}
     counts = Counter((n.target, bucket_of(n)) for n in graph.nodes())
     reduced = Counter(bucket_of(n) for n in step if is_call(n, ops.all_reduce, ops.reduce_scatter))
-    due_reductions = int(not graph.reduces_early)
+    due_reductions = int(not graph.reduces_early or graph.syncs_late)
     refreshed = {b.name for b in graph.layout.buckets.values() if b.refreshed(graph.stage)}
     for bucket in dict.fromkeys([*trained, *updates, *refreshes]):
         due_refreshes, times = int(bucket in refreshed), counts[ops.update, bucket]
@@ -51,8 +51,9 @@ def updates_stand_behind_reads(graph: TrainGraph) -> Iterator[str]:
 
 def updates_agree(graph: TrainGraph) -> Iterator[str]:
     """Every update takes its bucket's mean gradient, and the same flags and control."""
-    late = ops.all_reduce if graph.stage == 0 else ops.reduce_scatter
-    mean = ops.accumulate if graph.reduces_early and not graph.updates_in_backward else late
+    late = ops.all_reduce if graph.stage == 0 or graph.mesh.copies else ops.reduce_scatter
+    kept = graph.reduces_early and not (graph.syncs_late or graph.updates_in_backward)
+    mean = ops.accumulate if kept else late
     updates = [n for n in graph.nodes(_where(graph)) if is_call(n, ops.update)]
     for node in updates:
         grad, used, control = (cast(fx.Node, node.args[i]) for i in (1, 5, 6))

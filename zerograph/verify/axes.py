@@ -1,0 +1,63 @@
+"""Checks of axes: every collective is over the ranks among which what it moves is cut, or copied."""
+
+from collections.abc import Iterator
+from typing import cast
+
+from torch import fx
+
+from zerograph import ops
+from zerograph.ir import TrainGraph, axis_of, is_call, region_of
+from zerograph.mesh import ALL
+from zerograph.verify.common import bucket_of, say
+
+_OF_SLICES = (
+    ops.gather,
+    ops.gather_ahead,
+    ops.refresh,
+    ops.reduce_scatter,
+    ops.gather_partials,
+    ops.gather_norms,
+)
+"""What is over the ranks that hold a bucket together, unless it is of a slice of the forward's."""
+
+
+def axes_fit(graph: TrainGraph) -> Iterator[str]:
+    """Slices are gathered and reduced over the axis over which they are cut; sums go along the copies."""
+    mesh = graph.mesh
+    for node in graph.nodes():
+        due = mesh.cut if is_call(node, *_OF_SLICES) else ALL
+        if is_call(node, ops.all_reduce):
+            due = mesh.copies
+        elif is_call(node, ops.partition):
+            due = mesh.second or "no axis"
+        elif is_call(node, ops.gather) and is_call(_source(node), ops.partition):
+            due = axis_of(_source(node))
+        if ops.is_zero(node.target) and axis_of(node) != due:
+            yield f"{say(node)} is over {axis_of(node) or 'all ranks'}, not {due or 'all ranks'}"
+
+
+def slices_are_kept(graph: TrainGraph) -> Iterator[str]:
+    """A slice is of a bucket that the forward has gathered, and is kept for a gather of the backward."""
+    saved = graph.outputs("saved")
+    for node in graph.nodes():
+        if not is_call(node, ops.partition):
+            continue
+        full = _source(node)
+        if not is_call(full, ops.wait) or not is_call(_source(full), ops.gather):
+            yield f"{say(node)} is of {full.name}, which is not gathered"
+        if region_of(node) != "forward" or node not in saved:
+            yield f"{say(node)} is not kept for the backward"
+        for user in node.users:
+            if user.op != "output" and (not is_call(user, ops.gather) or _crosses(user)):
+                yield f"{user.name} reads {say(node)}, which is for gathers of the backward"
+            elif user.op != "output" and bucket_of(user) != bucket_of(node):
+                yield f"{say(user)} gathers slices of {bucket_of(node)}"
+
+
+def _crosses(gather: fx.Node) -> bool:
+    """Whether a gather is waited for in the forward."""
+    return any(is_call(user, ops.wait) and region_of(user) == "forward" for user in gather.users)
+
+
+def _source(node: fx.Node) -> fx.Node:
+    return cast(fx.Node, node.args[0])

@@ -417,29 +417,78 @@ def test_a_budget_comes_before_the_models_own_regions() -> None:
     assert {region for _, region in boundaries(plan.graph)} <= {"budget"}
 
 
-def test_an_input_that_the_forward_changes_is_not_read_again() -> None:
+class Looking(nn.Module):
+    """A layer that looks at the model's input, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDE, WIDE)
+
+    def forward(self, x: Tensor, given: Tensor) -> Tensor:
+        return self.linear(x).tanh() * (given[:1] + 1).exp()
+
+
+class Changing(nn.Module):
+    """Changes its input at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Looking() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 1.0
+        for layer in self.layers:
+            y = layer(y, x)
+        x.mul_(2.0)
+        return y.mean()
+
+
+@pytest.mark.parametrize("extra", [numbered(2), {"compile": {"activation_budget": 0}}])
+def test_an_input_that_the_forward_changes_is_not_read_again(extra: dict[str, Any]) -> None:
     """The backward would find its new value."""
-
-    class Changing(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList(nn.Linear(WIDE, WIDE) for _ in range(2))
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = x * 1.0
-            for layer in self.layers:
-                y = layer(y).tanh() * (x[:1] + 1).exp()
-            x.mul_(2.0)
-            return y.mean()
-
     found = []
-    for extra in ({}, {"compile": {"activation_budget": 0}}):
+    for given in ({}, extra):
         torch.manual_seed(0)
-        engine = zerograph.compile(Changing(), config_for(0, **extra))
-        x = torch.rand(4, WIDE)
-        engine.backward(engine(x))
+        engine = zerograph.compile(Changing(), config_for(0, **given))
+        engine.backward(engine(torch.rand(4, WIDE)))
         found.append(({}, engine.gradients()))
+    assert recomputed(engine.plan.graph)
     assert same(*found) == []
+
+
+class Viewed(nn.Module):
+    """Layers whose result is a view of what their own backward reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Halved() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = x.new_zeros(())
+        for layer in self.layers:
+            x, aside = layer(x)
+            x, total = x.flatten(0, 1), total + aside
+        return total + x.mean()
+
+
+class Halved(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDE, WIDE)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.linear(x) * 2.0
+        return y.unflatten(0, (2, -1)), y.sin().mean()
+
+
+def test_what_a_kept_view_is_of_is_kept() -> None:
+    """It is the same storage."""
+    plain, found = two_steps(Viewed()), two_steps(Viewed(), **numbered(2))
+    doubled = [
+        n for n in found[2].graph.nodes() if is_call(n, aten.mul.Tensor) and n.args[1] == 2.0
+    ]
+    assert len(doubled) == 4  # two in the forward, two of the backward's own
+    assert found[2].memory.saved <= plain[2].memory.saved
 
 
 def run_graph(graph: TrainGraph, model: nn.Module) -> list[Tensor]:

@@ -145,7 +145,8 @@ def test_no_gradient_is_kept(stage: int) -> None:
     ]
     late = tiny.planned(tiny.trace_of("blocks"), stage, **LATE).memory
     early = tiny.planned(tiny.trace_of("blocks"), stage, **EARLY).memory
-    assert early.gradients == 0 < late.gradients and early.peak <= late.peak
+    assert early.gradients == 0 < late.gradients
+    assert early.peak - late.peak < 4 * 256, "one more bucket's buffer is under way"
 
 
 @pytest.mark.parametrize("stage", [1, 2])

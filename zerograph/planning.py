@@ -179,7 +179,7 @@ def passes_for(
         Schedule(
             prefetch=zero.stage3_prefetch_bucket_size if overlaps else 0,
             max_live=max_live,
-            in_flight=2 if overlaps else 1,
+            in_flight=_reductions_under_way(config),
             across=across,
         ),
     ]
@@ -188,6 +188,13 @@ def passes_for(
 def _budget_of(config: ZeroConfig) -> Budget | None:
     value = config.compile.activation_budget
     return None if value is None else Budget(value)
+
+
+def _reductions_under_way(config: ZeroConfig) -> int:
+    """How many reductions may be on the link at once; each holds its bucket's gradients."""
+    if config.zero_optimization.overlap_comm is False:
+        return 1
+    return 3 if config.compile.update_in_backward else 2  # beside what is sent for the next step
 
 
 def average_of(config: ZeroConfig, world: int) -> Average:

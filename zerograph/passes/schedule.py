@@ -42,7 +42,10 @@ class Schedule:
     max_live: int
     """Gathered elements that may be alive at once, a hard bound."""
     in_flight: int = 2
-    """Reductions under way at once; each keeps its bucket's gradient buffer."""
+    """Reductions under way at once; each keeps its bucket's gradient buffer.
+
+    Where the backward updates, what it starts for the next step shares the link with them: a plan has 3 then.
+    """
     reach: int = 2
     """Gathers that wait in line behind the one that is needed next."""
     across: bool = True

@@ -237,7 +237,7 @@ def _after(engine: Engine, rank: int) -> dict[str, Tensor]:
 
 
 def test_groups_go_together_with_the_rest() -> None:
-    """The updates' place, recomputation and persistence change no bit; buckets of other sizes do so in MiCS."""
+    """Where updates stand and what is computed again changes no bit; other buckets sum in other orders."""
     for found in run_ranks(4, _together):
         assert max(found.values()) < CLOSE, found
         same = {name for name, gap in found.items() if gap == 0.0}

@@ -41,6 +41,7 @@ def scheduled(
     across: bool = True,
     reuse: int = 0,
     optimizer: bool = True,
+    any_size: bool = False,
 ) -> TrainGraph:
     """The plan of stage 3 with the schedule's bounds, verified after each pass.
 
@@ -57,7 +58,7 @@ def scheduled(
     *passes, last = passes_for(config, graph, default_arriving(graph), spec)
     assert isinstance(last, Schedule)
     reach = last.reach if reach is None else reach
-    last = replace(last, prefetch=prefetch, across=across, reach=reach)
+    last = replace(last, prefetch=prefetch, across=across, reach=reach, any_size=any_size)
     passes = [replace(each, across=across) if isinstance(each, Gather) else each for each in passes]
     pipeline.run(graph, [*passes, last], keep_text=False)
     return graph
@@ -163,6 +164,19 @@ def starts(graph: TrainGraph) -> list[int]:
     found = line(graph)
     kinds = [event[0] for event in found]
     return [kinds[:index].count("w") for index, kind in enumerate(kinds) if kind == "g"]
+
+
+def test_a_block_larger_than_the_default_prefetch_starts_early_all_the_same() -> None:
+    assert events(blocks(10), "forward") == events(blocks(0), "forward")
+    assert events(blocks(10, any_size=True), "forward") == events(blocks(192), "forward")
+    bound = BLOCKS[0] + BLOCKS[1] - 1
+    tight = blocks(10, max_live=bound, any_size=True)
+    assert peak_gathered(tight) <= bound
+    for key, expected in (({}, True), ({"stage3_prefetch_bucket_size": 5e7}, False)):
+        config = load_config(tiny.config(3, zero_optimization={"stage": 3, **key}))
+        graph = tiny.trace_of("blocks", WORLD).graph.copy()
+        last = passes_for(config, graph, default_arriving(graph), None)[-1]
+        assert isinstance(last, Schedule) and last.any_size is expected
 
 
 def test_more_prefetch_or_reach_starts_no_gather_later() -> None:

@@ -180,6 +180,7 @@ def passes_for(
             prefetch=zero.stage3_prefetch_bucket_size if overlaps else 0,
             max_live=max_live,
             in_flight=_reductions_under_way(config),
+            any_size=overlaps and "stage3_prefetch_bucket_size" not in zero.model_fields_set,
             across=across,
         ),
     ]

@@ -15,8 +15,8 @@ A step is a ring: what the forward needs first, the step before it starts, behin
 bucket (ahead.py). Forward and backward are one line: a gather of the backward may start in the forward. The
 places at which a gather may start are the waits of earlier gathers, and the step. It starts as early as it
 pays, that is with at most `reach` gathers behind the one that is waited for, which keeps a link busy; as
-fewer than `prefetch` elements are in flight beside that one; and as no more than `max_live` gathered elements
-are alive.
+no more than `prefetch` elements (with `any_size` also one bucket that has more) are in flight beside that
+one; and as no more than `max_live` gathered elements are alive.
 
 The wait of a reduction moves behind the start of the next `in_flight - 1` reductions, or to the end. The
 order of collectives follows from the graph alone.
@@ -50,6 +50,8 @@ class Schedule:
     """Gathers that wait in line behind the one that is needed next."""
     across: bool = True
     """Whether a gather may start in the region before its own."""
+    any_size: bool = False
+    """Whether one gather may be in flight ahead of use though it has more than `prefetch` elements."""
 
     name: ClassVar[str] = "schedule"
     requires: ClassVar[frozenset[str]] = frozenset({"reduced", "updated"})
@@ -106,6 +108,12 @@ class _Line:
         slots = list(range(len(gathers)))
         return cls(options, graph, gathers, _live_at_slots(graph), released, slots)
 
+    @property
+    def room(self) -> int:
+        """Elements that may be in flight beside the gather that is waited for."""
+        largest = max(map(_numel, self.gathers), default=0) if self.options.any_size else 0
+        return max(self.options.prefetch, largest)
+
     def prefetch(self) -> int:
         """Move gathers earlier, in order, none further than the one before it; answers how many."""
         behind: dict[str, int] = {}  # a bucket is not gathered twice at once
@@ -142,7 +150,7 @@ class _Line:
         for index, total in enumerate(accumulate(map(_numel, forward))):
             alive = total + self.graph.resident
             beyond = not further and (index > self.options.reach or self.slots[index] > 0)
-            if beyond or total > self.options.prefetch or alive > self.options.max_live:
+            if beyond or total > self.room or alive > self.options.max_live:
                 break
             if buckets[index] in buckets[:index]:
                 break
@@ -163,7 +171,7 @@ class _Line:
         while (
             slot > floor
             and index - slot < options.reach
-            and in_flight <= options.prefetch
+            and in_flight <= self.room
             and self.live[slot - 1] + size <= options.max_live
         ):
             slot -= 1

@@ -319,8 +319,8 @@ KNOBS = (
     ),
     Knob(
         "activation_checkpointing.cpu_checkpointing",
-        "What enters a region goes to the host's memory behind its last use in the forward, and comes back "
-        "one region ahead of its use in the backward. Values below 4 KiB stay, so the batch has 128 rows here.",
+        "What enters a region goes to the host behind its last use in the forward, and comes back one "
+        "region ahead of its use in the backward. Values below 4 KiB stay, so the batch here has 128 rows.",
         base(activation_checkpointing={"number_checkpoints": 2}),
         base(activation_checkpointing={"number_checkpoints": 2, "cpu_checkpointing": True}),
         model="tall",

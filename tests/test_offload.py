@@ -14,14 +14,14 @@ import zerograph
 from tests import tiny
 from tests.oracle import config_for
 from tests.ranks import run_ranks
-from tests.storages import Storages, close, held_by
+from tests.storages import Storages, held_by
 from zerograph import checkpointing, ops, transfers
 from zerograph.cost import CATEGORIES
 from zerograph.errors import PlanError
 from zerograph.ir import TrainGraph, is_call
 from zerograph.plan import Plan
 
-ROWS, WIDE, DEPTH = 256, 32, 4
+ROWS, WIDE, DEPTH = 256, 32, 3
 BOUNDARY = ROWS * WIDE * 4
 
 
@@ -118,9 +118,9 @@ def trained(stage: int, **extra: Any) -> tuple[Any, ...]:
 
 
 def at_stages(rank: int, world: int) -> dict[int, Any]:
-    found = {}
+    found, before = {}, trained(0, **OFF)
     for stage in (0, 3):
-        before, after = trained(stage, **OFF), trained(stage, **ON)
+        after = trained(stage, **ON)
         different = [] if before[0] == after[0] else ["loss"]
         pairs = [*zip(before[1], after[1], strict=True), (before[2], after[2])]
         different += [n for a, b in pairs for n in a if not torch.equal(a[n], b[n])]
@@ -129,13 +129,14 @@ def at_stages(rank: int, world: int) -> dict[int, Any]:
 
 
 def test_no_bit_changes_and_less_is_held() -> None:
-    """Losses, gradients and parameters with dropout; the storages of the device and the host are planned."""
+    """Losses, gradients and parameters with dropout; as much less is held as planned."""
     for report in run_ranks(2, at_stages):
         for stage, (different, before, after) in report.items():
             assert different == [], stage
-            assert close(*after[0]) and after[1][0] == after[1][1] == DEPTH * BOUNDARY, after
-            assert before[1] == (0, 0)
-            assert after[0][0] <= before[0][0] - (DEPTH - 2) * BOUNDARY, (before, after)
+            assert after[1] == (DEPTH * BOUNDARY, DEPTH * BOUNDARY) and before[1] == (0, 0)
+            beyond = [held - planned for held, planned in (before[0], after[0])]
+            assert abs(beyond[1] - beyond[0]) < BOUNDARY / 4, (before, after)
+            assert after[0][0] < before[0][0] - (DEPTH - 2) * BOUNDARY * 0.9, (before, after)
 
 
 def test_other_gradients_that_arrive() -> None:
@@ -237,8 +238,8 @@ def test_memory_is_of_the_device_or_of_the_host() -> None:
     held = [CATEGORIES.index(name) for name in ("activations", "recomputed")]
     most = [max(sum(m.bytes[i] for i in held) for m in memory.series) for memory in (one, other)]
     assert most[1] - most[0] == ROWS * WIDE
-    assert "host 128.0 KiB" in str(plan_of()) and "on the host 128.0 KiB" in plan_of().short()
-    assert plan_of().document().memory.host == one.host
+    assert "host 96.0 KiB" in str(plan_of()) and "on the host 96.0 KiB" in plan_of().short()
+    assert plan_of(depth=4).document().memory.host == one.host
 
 
 def test_the_skeleton_has_no_numbers_of_aten_values() -> None:
@@ -257,7 +258,7 @@ class Returning(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         def run(layer: nn.Module, x: Tensor, *more: Tensor) -> Tensor:
-            return (layer(x) + sum(more)).tanh()
+            return (layer(x) * (1 + sum(more))).tanh()
 
         x = checkpointing.checkpoint(run, self.layers[0], x)
         returned = x = checkpointing.checkpoint(run, self.layers[1], x)

@@ -30,7 +30,13 @@ GOLDENS = Path(__file__).parent / "goldens" / "knobs"
 FOLDED = 40
 """Longer diffs are folded on the page."""
 WORLD = 8
-MODELS: dict[str, Callable[[], nn.Module]] = {"blocks": tiny.Blocks, "tied": tiny.Tied}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "blocks": tiny.Blocks,
+    "tied": tiny.Tied,
+    "tall": tiny.Blocks,
+}
+ROWS = {"tall": 128}
+"""Of the batch; of other models it has 4."""
 
 Config = Mapping[str, Any]
 
@@ -73,7 +79,8 @@ def trace_of(model: str, precision: Precision) -> Trace:
     torch.manual_seed(0)
     made = MODELS[model]()
     layout, device = layout_of(made, WORLD, precision), torch.device("cpu")
-    return trace(made, (), tiny.batch(), layout=layout, precision=precision, device=device)
+    inputs = tiny.batch(ROWS.get(model, 4))
+    return trace(made, (), inputs, layout=layout, precision=precision, device=device)
 
 
 def base(stage: int = 3, **more: Any) -> dict[str, Any]:
@@ -332,6 +339,14 @@ KNOBS = (
         "and the backward computes the rest again.",
         base(),
         base(activation_checkpointing={"number_checkpoints": 2}),
+    ),
+    Knob(
+        "activation_checkpointing.cpu_checkpointing",
+        "What enters a region goes to the host behind its last use in the forward, and comes back one "
+        "region ahead of its use in the backward. Values below 4 KiB stay, so the batch here has 128 rows.",
+        base(activation_checkpointing={"number_checkpoints": 2}),
+        base(activation_checkpointing={"number_checkpoints": 2, "cpu_checkpointing": True}),
+        model="tall",
     ),
     Knob(
         "compile.activation_budget",

@@ -608,11 +608,15 @@ def unconfigured() -> Iterator[None]:
 def test_configure_acts_on_engines_compiled_later() -> None:
     assert not checkpointing.is_configured()
     checkpointing.configure(
-        None, {"activation_checkpointing": {"number_checkpoints": 3}}, num_checkpoints=2
+        None,
+        {"activation_checkpointing": {"number_checkpoints": 3}},
+        num_checkpoints=2,
+        checkpoint_in_cpu=True,
     )
     assert checkpointing.is_configured()
     engine = zerograph.compile(marked(called), config_for(0, **numbered(1)))
     assert engine.config.activation_checkpointing.number_checkpoints == 2
+    assert engine.config.activation_checkpointing.cpu_checkpointing
     checkpointing.reset()
     assert checkpointing.is_configured()
     checkpointing.configure()
@@ -632,7 +636,6 @@ def test_configure_acts_on_engines_compiled_later() -> None:
             {"partition_activations": True},
             "activation_checkpointing.partition_activations=true: not",
         ),
-        ({"checkpoint_in_cpu": True}, "activation_checkpointing.cpu_checkpointing=true: not built"),
         ({"contiguous_checkpointing": True}, "needs number_checkpoints"),
         (
             {"num_checkpoints": -1},

@@ -1168,6 +1168,82 @@ def copies_that_drift_apart_in_the_step(graph: TrainGraph) -> None:
     drop(graph, start)
 
 
+# Copies to the host
+
+
+def copy_of(graph: TrainGraph, target: Any) -> tuple[fx.Node, fx.Node]:
+    """(the first offload or reload, its wait)."""
+    start = find(graph, target)
+    return start, wait_of(start)
+
+
+def again(graph: TrainGraph, node: fx.Node) -> None:
+    """The same copy once more, and a wait for it."""
+    _, wait = node, wait_of(node)
+    with graph.inserting(wait.next, region_of(node)) as insert:
+        insert(ops.wait, insert(node.target, *node.args))
+
+
+@fault(0, "the offload of addmm in the forward has 0 waits", model="host")
+def offload_without_a_wait(graph: TrainGraph) -> None:
+    start, wait = copy_of(graph, ops.offload)
+    unsave(graph, wait)
+    save(graph, start)
+    drop(graph, wait, start)
+
+
+@fault(0, "the reload of wait_default.* in the backward has 0 waits", model="host")
+def reload_without_a_wait(graph: TrainGraph) -> None:
+    start, wait = copy_of(graph, ops.reload)
+    drop(graph, wait, start)
+
+
+@fault(0, "the reload of .* in the forward is not in the backward", model="host")
+def reload_in_the_forward(graph: TrainGraph) -> None:
+    start, _ = copy_of(graph, ops.reload)
+    move(start, graph.end("forward"), "forward")
+    save(graph, start)
+
+
+@fault(0, "addmm is copied to the host 2 times, not once", model="host")
+def offloaded_twice(graph: TrainGraph) -> None:
+    again(graph, find(graph, ops.offload))
+
+
+@fault(0, "addmm is copied to the host, and saved on the device as well", model="host")
+def offloaded_and_saved(graph: TrainGraph) -> None:
+    save(graph, find(graph, ops.offload).args[0])
+
+
+@fault(0, "the copy of addmm on the host is saved 2 times", model="host")
+def host_copy_saved_twice(graph: TrainGraph) -> None:
+    save(graph, copy_of(graph, ops.offload)[1])
+
+
+@fault(0, "reads addmm, which went to the host before", model="host")
+def offloaded_before_its_last_use(graph: TrainGraph) -> None:
+    start, _ = copy_of(graph, ops.offload)
+    move(start, start.args[0].next)
+
+
+@fault(0, "comes back from the host 2 times, not once", model="host")
+def reloaded_twice(graph: TrainGraph) -> None:
+    again(graph, find(graph, ops.reload))
+
+
+@fault(0, "native_layer_norm.* reads wait_default.*, which is on the host", model="host")
+def host_copy_read_in_the_backward(graph: TrainGraph) -> None:
+    start, wait = copy_of(graph, ops.reload)
+    sorted(wait.users)[0].replace_input_with(wait, start.args[0])
+
+
+@fault(0, "brings back .*, which is not on the host", model="host")
+def reload_of_what_stayed(graph: TrainGraph) -> None:
+    start, _ = copy_of(graph, ops.reload)
+    kept = next(n for n in graph.outputs("saved") if not is_call(n, ops.wait))
+    set_arg(start, 0, kept)
+
+
 # The tests
 
 
@@ -1178,7 +1254,7 @@ def test_good_plan_that_updates_in_the_backward_passes(stage: int) -> None:
     verify.verify(graph, provided, "nothing")
 
 
-@pytest.mark.parametrize("model", ["blocks", "batch_norm", "partly", "half", "lamb"])
+@pytest.mark.parametrize("model", ["blocks", "batch_norm", "partly", "half", "lamb", "host"])
 @pytest.mark.parametrize("stage", range(4))
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_good_plan_passes(stage: int, model: str, accumulation: int) -> None:

@@ -129,10 +129,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "half": Blocks,
     "lamb": Blocks,
     "early": Blocks,
+    "host": functools.partial(Blocks, 3),
 }
 GIVEN: dict[str, dict[str, Any]] = {
     "half": {"fp16": {"enabled": True}},
     "lamb": {"optimizer": {"type": "Lamb"}},
+    "host": {"activation_checkpointing": {"number_checkpoints": 3, "cpu_checkpointing": True}},
     "early": {"gradient_clipping": 0.0, "compile": {"update_in_backward": True}},
 }
 """What the config of a model says beside `config(stage)`."""
@@ -174,7 +176,7 @@ def traced(
 def trace_of(name: str, world: int = 8) -> Trace:
     """The trace of one of MODELS. Copy its graph before changing it."""
     torch.manual_seed(0)
-    inputs = batch()
+    inputs = batch(128 if name == "host" else 4)
     inputs["x"].requires_grad_(name == "half")
     return traced(MODELS[name](), inputs, world, config(0, **GIVEN.get(name, {})))
 

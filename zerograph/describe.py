@@ -87,6 +87,7 @@ def _memory(memory: cost.Memory) -> MemoryEntry:
         buffers=memory.buffers,
         gathered=memory.gathered,
         saved=memory.saved,
+        host=memory.host,
         peak=memory.peak,
         padding=memory.padding,
         peak_node=-1 if moment is None else moment.node,

@@ -81,6 +81,7 @@ class MemoryEntry(Entry):
     buffers: int
     gathered: int
     saved: int
+    host: int = 0
     peak: int
     padding: int
     peak_node: int

@@ -6,11 +6,13 @@ them into collectives and kernels. `world` is a number of ranks, of all or of th
 operator knows a rank.
 
     checkpoint      a value that enters a checkpointed region: kept for the backward, which recomputes from it
+    offload         start a copy of a value to the host's memory; it is pending until waited for
+    reload          start the copy of such a result back to the device
     gather          start an all-gather of a bucket's shards; the result is pending until waited for; with
                     `ahead` it is the one that the step before has started, if it has
     gather_ahead    start that all-gather, for the next forward
     partition       this rank's slice of a gathered bucket, as a copy that outlives it
-    wait            the value of a pending collective
+    wait            the value of a pending collective or copy
     param           a parameter as a view of its (full) bucket
     release         the bucket's full storage ends here
     grad_buffer     an empty flat gradient buffer for a bucket, padding zeroed
@@ -66,6 +68,16 @@ def _define(schema: str) -> Callable[[Callable[..., Any]], OpOverload]:
 @_define("checkpoint(Tensor value, str region) -> Tensor")
 def checkpoint(value: Tensor, region: str) -> Tensor:
     return torch.empty_like(value)
+
+
+@_define("offload(Tensor value) -> Tensor")
+def offload(value: Tensor) -> Tensor:
+    return torch.empty_like(value, device="cpu")
+
+
+@_define("reload(Tensor host, Device device) -> Tensor")
+def reload(host: Tensor, device: torch.device) -> Tensor:
+    return torch.empty_like(host, device=device)
 
 
 @_define("gather(Tensor shard, str bucket, int world, bool ahead=False, *, str axis='') -> Tensor")
@@ -253,6 +265,12 @@ COLLECTIVES = (
 """Operators that communicate, each once a step: `gather_ahead` is the start of a gather among them.
 
 Each is asynchronous: its result is pending until one `wait` (or `refreshed`, in the next forward).
+"""
+
+COPIES = (offload, reload)
+"""Operators that move a value between the device and the host, each pending until one `wait`.
+
+They are no collectives: ranks need not agree on them.
 """
 
 EFFECTS = (*COLLECTIVES, gather_ahead, refreshed, wait, release, put, accumulate, measure, update)

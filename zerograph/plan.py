@@ -147,6 +147,7 @@ class Plan(Countable):
         """A few lines for a person: buckets, collectives, memory, and what the config advises."""
         memory, layout = self.memory, self.graph.layout
         count = sum(p.numel for p in layout.params.values())
+        host = f"on the host {size(memory.host)}, " if memory.host else ""
         lines = [
             f"{self.graph.model}: {count:,} parameters in {len(layout.buckets)} buckets, "
             f"ZeRO stage {self.graph.stage}, {self.graph.world} ranks",
@@ -159,6 +160,7 @@ class Plan(Countable):
             f"memory per rank  parameters {size(memory.parameters)}, gradients "
             f"{size(memory.gradients)}, optimizer {size(memory.optimizer)}, gathered at most "
             f"{size(memory.gathered)}, saved for backward {size(memory.saved)}, "
+            f"{host}"
             f"peak {size(memory.peak)}",
             *(f"advises: {line}" for line in self.advisory),
         ]

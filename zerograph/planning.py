@@ -25,6 +25,7 @@ from zerograph.passes import (
     Gather,
     InPlace,
     Normalize,
+    Offload,
     Reduce,
     Release,
     Scale,
@@ -154,11 +155,14 @@ def passes_for(
     )  # another backward runs behind the default's forward
     overlaps = zero.overlap_comm is not False
     weighted = config.compile.weighted_accumulation
+    activations = config.activation_checkpointing
+    moved = [Offload(overlaps=overlaps)] if activations.cpu_checkpointing else []
     early = [UpdateInBackward()] if config.compile.update_in_backward else []
     return [
         Normalize(recast=zero.stage == 3),
-        Checkpoint(config.activation_checkpointing.number_checkpoints or 0, _budget_of(config)),
+        Checkpoint(activations.number_checkpoints or 0, _budget_of(config)),
         Specialize(arriving),
+        *moved,
         Scale(),
         Shard(zero.stage, limits_of(config)),
         Gather(zero.stage3_max_reuse_distance, max_live, across, config.compile.gathered_budget),

@@ -132,6 +132,8 @@ def _memory_rows(document: Document) -> Iterator[Sequence[str]]:
     yield "buffers", size(memory.buffers)
     yield "gathered at most", size(memory.gathered)
     yield "saved for backward", size(memory.saved)
+    if memory.host:
+        yield "on the host at most", size(memory.host)
     yield "peak", size(memory.peak)
 
 

@@ -68,13 +68,13 @@ _REST = (
     *refused(
         under(
             "activation_checkpointing",
-            "partition_activations contiguous_memory_optimization cpu_checkpointing",
+            "partition_activations contiguous_memory_optimization",
         ),
-        "checkpoints are kept whole, on the device, each in a storage of its own",
+        "checkpoints are kept whole, each in a storage of its own",
         OFF,
         False,
     ),
-    *built("activation_checkpointing.number_checkpoints"),
+    *built(under("activation_checkpointing", "number_checkpoints cpu_checkpointing")),
     *advises(
         "activation_checkpointing.synchronize_checkpoint_boundary",
         "regions are parts of one graph, and no call at a boundary can wait for the device",

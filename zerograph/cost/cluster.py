@@ -58,6 +58,8 @@ class Device(Entry):
     """Bytes per second of that cache; of no account if `cache` is 0."""
     kernel: Seconds = 0.0
     """What an operator takes on the device beside its work."""
+    host_bandwidth: Rate = 2.5e10
+    """Bytes per second and direction between its memory and the host's, as copies reach it."""
     launch: Seconds
     """What it takes the host to start an operator."""
     view: Seconds = 0.0

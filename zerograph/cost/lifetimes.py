@@ -10,7 +10,7 @@
 
 as the lowered program has it, which forgets each value at its last use. Longer lives:
 
-    an input of a collective     until its wait
+    an input of a collective     until its wait; of a copy to the host, or from it, as well
     what the forward saves       at least to the end of the forward
     what the forward returns     to the end of the step: the caller may hold its outputs
     the batch                    throughout
@@ -43,6 +43,8 @@ from zerograph.ir import (
     role_of,
 )
 
+HOST = "host"
+"""The category of what lies in the host's memory."""
 _RESIDENT = ("full", "shard", "master", "state", "buffer", "constant", "param", "size", "hyper")
 """Placeholders that are no storage of the step's own."""
 _IN_PLACE = frozenset((ops.wait, ops.put, ops.param, ops.all_reduce, ops.refresh, ops.refreshed))
@@ -63,7 +65,7 @@ class Stored:
     death: int
     """Index of the last one."""
     saved: bool = False
-    """Whether the forward computed it and keeps it for the backward."""
+    """Whether the forward computed it and keeps it for the backward, on the device."""
 
 
 @dataclass
@@ -162,6 +164,8 @@ class Lifetimes:
             return "gathered"
         if is_call(node, ops.partition):
             return "parameters"
+        if is_call(node, ops.offload):
+            return HOST
         if is_recomputed(node):
             return "recomputed"
         reduces = is_call(node, ops.grad_buffer, ops.reduce_scatter, ops.accumulate, ops.squares)
@@ -196,7 +200,7 @@ class Lifetimes:
             self._extend(node, backward if gradient.kind == "kept" else end)
         for node in self.graph.outputs("saved"):
             for stored in self._extend(node, forward):
-                stored.saved = stored.category not in ("inputs", "gathered")
+                stored.saved = stored.category not in ("inputs", "gathered", HOST)
 
     def _extend(self, node: fx.Node | None, stop: int) -> list[Stored]:
         """Let a value live until the call before `stop`; answers its storages."""

@@ -2,6 +2,9 @@
 
 What a rank holds from step to step (parameters, optimizer states, buffers) is alive throughout; lifetimes.py
 says how long everything else is. Both are bytes of storages, without what an allocator adds.
+
+What `zero.offload` moved is counted apart, as the host's. All other figures are the device's. Where the
+device is a CPU the copies lie beside it in the same memory: the process then holds both.
 """
 
 from collections import defaultdict
@@ -13,7 +16,7 @@ from typing import cast
 from torch import fx
 
 from zerograph import ops
-from zerograph.cost.lifetimes import Lifetimes, Stored
+from zerograph.cost.lifetimes import HOST, Lifetimes, Stored
 from zerograph.cost.traffic import nbytes
 from zerograph.ir import TrainGraph, is_ahead, is_call, module_of, region_of, role_of
 
@@ -67,7 +70,7 @@ class Memory:
     optimizer: int
     buffers: int
     saved: int
-    """Bytes that the forward keeps for the backward, inputs left out."""
+    """Bytes that the forward keeps for the backward on the device, inputs left out."""
     padding: int
     """Bytes of `parameters` that are alignment and padding."""
     gathered_elements: int
@@ -97,14 +100,30 @@ class Memory:
         count = len(self.places)
         changes = {c: [self.resident.get(c, 0)] + [0] * (count + 1) for c in CATEGORIES}
         for stored in self.stored:
-            change = changes[stored.category]
-            change[stored.birth] += stored.nbytes
-            change[stored.death + 1] -= stored.nbytes
+            if stored.category != HOST:
+                change = changes[stored.category]
+                change[stored.birth] += stored.nbytes
+                change[stored.death + 1] -= stored.nbytes
         return tuple(zip(*(accumulate(change[:count]) for change in changes.values())))
 
     @cached_property
+    def on_host(self) -> tuple[int, ...]:
+        """Bytes in the host's memory during each call of the graph: copies of what is kept."""
+        change = [0] * (len(self.places) + 1)
+        for stored in self.stored:
+            if stored.category == HOST:
+                change[stored.birth] += stored.nbytes
+                change[stored.death + 1] -= stored.nbytes
+        return tuple(accumulate(change[:-1]))
+
+    @cached_property
+    def host(self) -> int:
+        """Most bytes in the host's memory at once."""
+        return max(self.on_host, default=0)
+
+    @cached_property
     def peak(self) -> int:
-        """Most bytes alive at once in a training step, all of the above included."""
+        """Most bytes alive at once in a training step, all of the above included but the host's."""
         return max(map(sum, self.alive), default=sum(self.resident.values()))
 
     @cached_property
@@ -133,7 +152,7 @@ class Memory:
         held = {("", category): size for category, size in self.resident.items()}
         now = 0 if self.peak_moment is None else self.peak_moment.node
         for stored in self.stored:
-            if stored.birth <= now <= stored.death:
+            if stored.birth <= now <= stored.death and stored.category != HOST:
                 key = stored.owner, stored.category
                 held[key] = held.get(key, 0) + stored.nbytes
         entries = [Held(owner, category, size) for (owner, category), size in held.items() if size]

@@ -4,13 +4,15 @@ Peaks are those of the vendors' data sheets, per GPU, dense (without 2:4 sparsit
 without TF32, which is what torch uses for matrix products unless it is told otherwise
 (`torch.backends.cuda.matmul.fp32_precision`); "tf32" is listed for reference. Link bandwidths are one
 direction: half of what the sheets call total. Networks are the vendors' reference nodes: one adapter of
-400 Gbit/s a GPU (200 with the A100).
+400 Gbit/s a GPU (200 with the A100). Each GPU has 16 lanes of PCIe to the host: generation 4 (32 GB/s) with
+the A100, generation 5 (64 GB/s) with the others.
 
 Assumed, not from a sheet: large products reach 0.7 of the peak, other operators 0.85 of the memory's
-bandwidth; collectives reach 0.8 of a link within a node and 0.9 of one between nodes; a host starts an
-operator in 5 us and makes a view in 2 us, a kernel takes 2 us beside its work. Latencies are NCCL's own for
-its LL128 protocol (src/graph/tuning.cc: 1.9 us a message over NVLink, 4 us over the network, 14 us to
-start); RCCL's are taken to be the same. `zerograph.calibrate` measures instead.
+bandwidth; collectives reach 0.8 of a link within a node and 0.9 of one between nodes, copies to and from the
+host 0.8 of its link; a host starts an operator in 5 us and makes a view in 2 us, a kernel takes 2 us beside
+its work. Latencies are NCCL's own for its LL128 protocol (src/graph/tuning.cc: 1.9 us a message over NVLink,
+4 us over the network, 14 us to start); RCCL's are taken to be the same. `zerograph.calibrate` measures
+instead, other than the link to the host.
 """
 
 import os
@@ -23,7 +25,10 @@ _INTRA: dict[Kind, float] = {"gather": 0.8, "reduce_scatter": 0.8, "all_reduce":
 _INTER: dict[Kind, float] = {"gather": 0.9, "reduce_scatter": 0.9, "all_reduce": 0.9}
 
 
-def _gpu(name: str, memory: int, bandwidth: float, tflops: dict[str, float]) -> Device:
+def _gpu(
+    name: str, memory: int, bandwidth: float, tflops: dict[str, float], host: float = 64
+) -> Device:
+    """Gigabytes of `memory`; `bandwidth` in terabytes per second, that to the `host` in gigabytes."""
     return Device(
         name=name,
         memory=memory * GIGA,
@@ -34,6 +39,7 @@ def _gpu(name: str, memory: int, bandwidth: float, tflops: dict[str, float]) -> 
         kernel=2e-6,
         launch=5e-6,
         view=2e-6,
+        host_bandwidth=0.8 * host * GIGA,
     )
 
 
@@ -56,6 +62,7 @@ _A100 = _gpu(
     80,
     2.039,
     {"bf16": 312.0, "f16": 312.0, "tf32": 156.0, "f32": 19.5, "f64": 19.5},
+    host=32,
 )
 """NVIDIA A100 Tensor Core GPU data sheet, SXM 80GB: f64 on tensor cores; NVLink 3, 600 GB/s in total;
 DGX A100 data sheet: eight 200 Gbit/s adapters."""

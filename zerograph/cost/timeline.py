@@ -2,9 +2,11 @@
 
 The host issues nodes in order, ahead of an asynchronous device. Compute runs them one after another. The
 collectives share one stream and run in the order of their issue, each when its inputs are there; a
-`wait` holds compute until its collective is done. Where both take the same cores (CPU, gloo), compute and
-a collective that run at once slow each other by fixed shares. What a step starts for the next one is under
-way when that begins: the timeline is of a step among others like it, and such a collective may end after it.
+`wait` holds compute until its collective is done. So do copies to the host and back, on a stream of their
+own that slows nothing; where host and device are one thread, a copy is work as any other. Where compute and
+collectives take the same cores (CPU, gloo), a collective and compute that run at once slow each other by
+fixed shares. What a step starts for the next one is under way when that begins: the timeline is of a step
+among others like it, and such a collective may end after it.
 """
 
 from collections import deque
@@ -17,7 +19,7 @@ from torch import fx
 
 from zerograph import ops
 from zerograph.cost.cluster import Cluster
-from zerograph.cost.traffic import collective_bytes, name_of
+from zerograph.cost.traffic import collective_bytes, name_of, nbytes
 from zerograph.cost.work import work_of
 from zerograph.ir import (
     REGIONS,
@@ -58,7 +60,7 @@ class Timeline:
 
     spans: tuple[Span, ...]
     waited: float
-    """Seconds for which compute stood still for a collective."""
+    """Seconds for which compute stood still for a collective or a copy."""
     seconds: float
     """Of the whole step: from the end of the one before to its own."""
 
@@ -69,8 +71,8 @@ class Timeline:
 
     @property
     def hidden(self) -> float:
-        """The share of communication behind which compute went on; 1 if there is none."""
-        moved = self.busy["communication"]
+        """The share of communication and copies behind which compute went on; 1 if there is none."""
+        moved = self.busy["communication"] + self.busy["copy"]
         return max(0.0, 1 - self.waited / moved) if moved else 1.0
 
 
@@ -102,6 +104,8 @@ class _Rank:
     waited: float = 0.0
     queue: deque[_Pending] = field(default_factory=deque)
     spans: list[Span] = field(default_factory=list)
+    copies: dict[fx.Node, float] = field(default_factory=dict)
+    """When each copy to the host or back is done."""
     step: int = 0
     """Which step this is of those that follow each other."""
     ahead: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -133,6 +137,10 @@ class _Rank:
             taken = _taken(node)
             if taken in self.ahead:
                 started[node] = self.ahead.pop(taken)
+            elif is_call(node, *ops.COPIES) and self.cluster.device.asynchronous:
+                self._copy(index, node)
+            elif is_call(node, ops.wait) and node.args[0] in self.copies:
+                self._await_copy(cast(fx.Node, node.args[0]))
             elif is_call(node, *ops.COLLECTIVES, ops.gather_ahead):
                 self._issue(index, node)
                 started[node] = index
@@ -172,6 +180,19 @@ class _Rank:
         """Among how many ranks a collective is, and how far apart they are."""
         mesh, axis = self.graph.mesh, axis_of(node)
         return mesh.size(axis), mesh.stride(axis)
+
+    def _copy(self, index: int, node: fx.Node) -> None:
+        """Start a copy behind those before it, once what compute has is done."""
+        device = self.cluster.device
+        self._host(device.launch)
+        begin = max([self.now, *self.copies.values()])
+        self.copies[node] = begin + device.kernel + nbytes(node) / device.host_bandwidth
+        self.spans.append(Span(index, region_of(node), "copy", begin, self.copies[node]))
+
+    def _await_copy(self, node: fx.Node) -> None:
+        before = self.now
+        self._idle_until(max(self.now, self.copies[node]))
+        self.waited += self.now - before
 
     def _await(self, index: int) -> None:
         before = self.now

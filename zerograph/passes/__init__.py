@@ -4,6 +4,7 @@ from zerograph.passes.checkpoint import Checkpoint
 from zerograph.passes.gather import Gather
 from zerograph.passes.in_place import InPlace
 from zerograph.passes.normalize import Normalize
+from zerograph.passes.offload import Offload
 from zerograph.passes.reduce import Reduce
 from zerograph.passes.release import Release
 from zerograph.passes.scale import Scale
@@ -18,6 +19,7 @@ __all__ = [
     "Gather",
     "InPlace",
     "Normalize",
+    "Offload",
     "Reduce",
     "Release",
     "Scale",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import fx
 
-from zerograph import collectives, ops
+from zerograph import collectives, ops, transfers
 from zerograph.codegen import dispatch, in_place, kernels, packing
 from zerograph.cost import name_of
 from zerograph.ir import TrainGraph, axis_of, bucket_of, is_ahead, is_call
@@ -28,6 +28,14 @@ Handler = Callable[["Builder", fx.Node], fx.Node | None]
 def _checkpoint(b: "Builder", node: fx.Node) -> fx.Node:
     value: fx.Node = b.args(node)[0]
     return value
+
+
+def _offload(b: "Builder", node: fx.Node) -> fx.Node:
+    return b.call(transfers.offload, *b.args(node))
+
+
+def _reload(b: "Builder", node: fx.Node) -> fx.Node:
+    return b.call(transfers.reload, *b.args(node))
 
 
 def _gather(b: "Builder", node: fx.Node) -> fx.Node:
@@ -59,6 +67,8 @@ def _empty(b: "Builder", like: fx.Node, node: fx.Node) -> fx.Node:
 def _wait(b: "Builder", node: fx.Node) -> fx.Node:
     pending: fx.Node = b.args(node)[0]
     start = cast(fx.Node, node.args[0])
+    if is_call(start, *ops.COPIES):
+        return b.call(transfers.wait, pending)
     if b.graph.world == 1:
         return pending
     if is_ahead(start) or (b.point_to_point and channel_of(start)):
@@ -243,6 +253,8 @@ def _gather_ahead(b: "Builder", node: fx.Node) -> fx.Node | None:
 
 HANDLERS: dict[Any, Handler] = {
     ops.checkpoint: _checkpoint,
+    ops.offload: _offload,
+    ops.reload: _reload,
     ops.gather: _gather,
     ops.partition: _partition,
     ops.wait: _wait,

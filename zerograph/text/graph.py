@@ -59,6 +59,7 @@ def summary(graph: TrainGraph) -> str:
     parts.append(f"states {size(memory.states)}")
     parts.append(f"gathered {size(memory.gathered)}")
     parts.append(f"saved {size(memory.saved)}")
+    parts += [f"host {size(memory.host)}"] if memory.host else []
     recomputed = sum(is_recomputed(node) and not is_view(node) for node in graph.nodes("backward"))
     parts += [f"recomputed {recomputed} ops"] if recomputed else []
     parts.append(f"peak {size(memory.peak)}")

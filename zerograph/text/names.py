@@ -47,9 +47,17 @@ def names_of(graph: TrainGraph) -> Names:
 
 def folded_names(names: Names) -> Names:
     """Names in a skeleton: values of aten ops have no number, which torch's decompositions decide."""
-    folded = Names({n: name if is_kept(n) else "%_" for n, name in names.items()})
+    folded = Names({n: _folded(n, name) for n, name in names.items()})
     folded.sizes = names.sizes
     return folded
+
+
+def _folded(node: fx.Node, name: str) -> str:
+    """A name in a skeleton; a copy to the host or back is named after a value, which has no number there."""
+    start = node.args[0] if is_call(node, ops.wait) else node
+    if is_call(cast(fx.Node, start), *ops.COPIES):
+        return f"%_.{name.rpartition('.')[2]}"
+    return name if is_kept(node) else "%_"
 
 
 def is_kept(node: fx.Node) -> bool:
@@ -61,6 +69,10 @@ def _zero_name(node: fx.Node, names: Names) -> str:
     first = node.args[0]
     if is_call(node, ops.checkpoint, ops.wait, ops.put, ops.refreshed):
         return names[cast(fx.Node, first)]
+    if is_call(node, ops.offload):
+        return f"{names[cast(fx.Node, first)]}.host"
+    if is_call(node, ops.reload):
+        return f"{names[cast(fx.Node, first)].removesuffix('.host')}.back"
     if is_call(node, ops.param):
         return f"%{node.args[1]}"
     if is_call(node, ops.finish):

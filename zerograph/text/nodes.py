@@ -46,7 +46,8 @@ def line_of(node: fx.Node, names: Names) -> Line:
         body = _zero_line(node, names)
         moves = is_call(node, *ops.COLLECTIVES, ops.gather_ahead)
         note = size(collective_bytes(node)) if moves else ""
-        note = size(nbytes(node)) if is_call(node, ops.checkpoint) else note
+        own = is_call(node, ops.checkpoint, *ops.COPIES)
+        note = size(nbytes(node)) if own else note
     else:
         body = f"{names[node]}: {type_of(node, names)} = {_call(node, names)}"
         note = f"recomputed {module_of(node)}" if is_recomputed(node) else module_of(node)
@@ -75,6 +76,8 @@ def _zero_line(node: fx.Node, names: Names) -> str:
         return named(f"{target} {args[1]}", axis_of(node))
     if is_call(node, ops.checkpoint):
         return f'{target} {first} "{args[1]}"'
+    if is_call(node, *ops.COPIES):
+        return f"{name} = {target} {first}"
     if is_call(node, ops.wait, ops.release, ops.refreshed):
         return f"{target} {first}"
     if is_call(node, ops.param):

@@ -6,7 +6,7 @@ about has been provided. A VerifyError says which invariant, at which node, and 
 
 from zerograph.errors import VerifyError
 from zerograph.ir import TrainGraph
-from zerograph.verify import axes, collectives, gradients, norms, step, values
+from zerograph.verify import axes, collectives, copies, gradients, norms, step, values
 from zerograph.verify.common import Check
 
 
@@ -28,6 +28,10 @@ CHECKS: tuple[tuple[frozenset[str], Check], ...] = (
     (_HAS({"normal"}), values.results_are_no_parameter),
     (_HAS({"normal"}), values.old_buffers_are_kept),
     (_HAS({"specialized"}), values.saved_is_complete),
+    (_HAS({"specialized"}), copies.copies_are_waited_for),
+    (_HAS({"specialized"}), copies.offloaded_once),
+    (_HAS({"specialized"}), copies.offloaded_ends),
+    (_HAS({"specialized"}), copies.reloaded_once),
     (_HAS({"scaled"}), gradients.gradients_are_scaled),
     (_HAS({"sharded"}), collectives.params_lie_in_their_bucket),
     (_HAS({"gathered"}), collectives.params_are_gathered),

@@ -62,7 +62,8 @@ def collectives_are_waited_for(graph: TrainGraph) -> Iterator[str]:
                     yield f"{what} uses {say(node)} without waiting for it"
             if (size := graph.mesh.size(axis_of(node))) != _world_of(node):
                 yield f"{say(node)} is for {_world_of(node)} ranks, not {size}"
-        if is_call(node, ops.wait) and not is_call(cast(fx.Node, node.args[0]), *ops.COLLECTIVES):
+        started = (*ops.COLLECTIVES, *ops.COPIES)
+        if is_call(node, ops.wait) and not is_call(cast(fx.Node, node.args[0]), *started):
             yield f"{node.name} waits for what was never started"
 
 

@@ -118,5 +118,7 @@ def test_the_architecture_names_every_file() -> None:
     }
     passes = {path.stem for path in package.glob("passes/[!_]*.py")}
     assert [name for name in sorted(names | passes) if name not in page] == []
-    exist = {path.name for path in package.rglob("*.py")}
+    measured = set(re.findall(r"benchmarks/\w+\.py", page))
+    assert [name for name in measured if not (ROOT / name).exists()] == []
+    exist = {path.name for path in (*package.rglob("*.py"), *map(Path, measured))}
     assert set(re.findall(r"\b\w+\.py\b", page)) <= exist

@@ -10,10 +10,14 @@ import zerograph
 from tests import tiny
 from tests.oracle import differing
 from tests.ranks import run_ranks
-from zerograph import Engine, ops
+from zerograph import Engine, ops, pipeline
+from zerograph.config import load_config
 from zerograph.errors import PlanError
 from zerograph.ir import TrainGraph, bucket_of, is_call, region_of, role_of
+from zerograph.optimizer import optimizer_of
+from zerograph.passes import UpdateInBackward
 from zerograph.plan import Plan
+from zerograph.planning import passes_for
 
 FAR = 10**9
 EARLY = {"gradient_clipping": 0.0, "compile": {"update_in_backward": True}}
@@ -151,9 +155,13 @@ def test_no_gradient_is_kept(stage: int) -> None:
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_refreshes_of_what_is_needed_last_start_in_the_backward(stage: int) -> None:
-    refreshes = [n for n in planned(stage).nodes() if is_call(n, ops.refresh)]
+    graph = planned(stage)
+    refreshes = [n for n in graph.nodes() if is_call(n, ops.refresh)]
     found = [(region_of(n), bucket_of(n)) for n in refreshes]
     assert found == [("backward", "b3"), ("step", "b1"), ("step", "b2")]
+    (start,) = (n for n in graph.nodes("step") if is_call(n, ops.gather_partials))
+    (wait,) = start.users
+    assert all(start < refresh < wait for refresh in refreshes[1:]), "before the step waits"
 
 
 def test_gathers_of_what_is_kept_all_start_in_the_step_before() -> None:
@@ -174,6 +182,20 @@ def test_gathers_of_what_is_kept_all_start_in_the_step_before() -> None:
     frozen = kept.memory.gathered_elements - late.memory.gathered_elements
     assert frozen == 128, "b0 is alive beside the others, until it is read"
     assert kept.peak - late.peak < 4 * frozen
+
+
+def test_an_update_stands_behind_the_last_read_of_its_bucket() -> None:
+    graph = tiny.trace_of("blocks").graph.copy()
+    config = load_config(tiny.config(2, **EARLY))
+    passes = passes_for(config, graph, ("loss",), optimizer_of(config, graph.layout))
+    pipeline.run(graph, passes[:-2], keep_text=False)
+    views = [n for n in graph.nodes("backward") if is_call(n, ops.param) and bucket_of(n) == "b3"]
+    with graph.inserting(graph.end("backward"), "backward") as insert:
+        late = insert(ops.param, *views[0].args)
+    assert isinstance(passes[-2], UpdateInBackward)
+    passes[-2].apply(graph)
+    (update,) = (n for n in graph.nodes("backward") if is_call(n, ops.update) and late < n)
+    assert bucket_of(update) == "b3"
 
 
 def test_ranks_ask_each_other_at_the_start_of_the_backward() -> None:

@@ -4,7 +4,8 @@
 
 For ten values of torch's `activation_memory_budget` torch's own partitioner chooses what to keep of the
 joint graph; zerograph chooses for as many bytes as that keeps. Both are counted alike: bytes of distinct
-storages, FLOPs of what the backward then has to compute again. "valid" is whether torch's choice repeats
+storages, results of the forward (logits) among them as torch counts, and FLOPs of what the backward then has
+to compute again. "valid" is whether torch's choice repeats
 no random operator. Nothing is run: the models are on the meta device.
 
 The times are of one choice for a Llama of 70B's widths in bf16, of so many layers; tracing is not counted.
@@ -81,7 +82,7 @@ def curve(name: str) -> list[dict[str, Any]]:
     with torch.device("meta"):
         model = MODELS[name]()
     graph = normal(model, 4, 128)
-    chooser = Chooser.of(graph)
+    chooser = Chooser.of(graph, results_held=False)
     found = []
     for budget in BUDGETS:
         try:

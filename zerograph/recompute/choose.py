@@ -130,9 +130,15 @@ class Chooser:
     solver: Solver
 
     @classmethod
-    def of(cls, graph: TrainGraph, pinned: Collection[fx.Node] = ()) -> "Chooser":
-        """For a graph of forward and backward, after `normalize`. `pinned` forward nodes are kept."""
-        reading = Reading.of(graph, pinned)
+    def of(
+        cls, graph: TrainGraph, pinned: Collection[fx.Node] = (), results_held: bool = True
+    ) -> "Chooser":
+        """For a graph of forward and backward, after `normalize`. `pinned` forward nodes are kept.
+
+        Unless `results_held`, keeping a result of the forward costs its bytes: as where the caller drops it,
+        and as torch's partitioner counts.
+        """
+        reading = Reading.of(graph, pinned, results_held)
         return cls(reading, Solver.of(reading.problem))
 
     def budget(self, fraction: float) -> int:

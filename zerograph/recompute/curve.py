@@ -4,9 +4,10 @@
     cost repeated    900   500    300    0         more bytes, less cost, in every step
 
 Costs and bytes of independent pieces add up, so the curve of both together is the best of all sums. A
-curve with more than LIMIT points is thinned: its lower convex hull stays, the best exchanges of cost
-for bytes, and of the rest the cheapest in each of LIMIT / 2 equal ranges of bytes. All in integers, so that
-every rank has the same bits.
+curve with more than LIMIT points is thinned. What stays is its lower convex hull, the best exchanges of cost
+for bytes; the points behind the LIMIT / 2 largest drops of cost, so that of as many sums of FLOPs the
+fewest bytes stay known; and of the rest the cheapest in each of LIMIT / 4 equal ranges of bytes. All in
+integers, so that every rank has the same bits.
 """
 
 from dataclasses import dataclass
@@ -102,7 +103,14 @@ def _thinned(nbytes: Ints, cost: Ints) -> Ints:
     """Indices of the points of a curve that stay."""
     coarse = _cheapest(nbytes, 8 * LIMIT)
     hull = coarse[_hull(nbytes[coarse].tolist(), cost[coarse].tolist())]
-    return np.union1d(hull, _cheapest(nbytes, LIMIT // 2))
+    spread = np.union1d(hull, _cheapest(nbytes, LIMIT // 4))
+    return np.union1d(spread, _largest_drops(cost, LIMIT // 2))
+
+
+def _largest_drops(cost: Ints, count: int) -> Ints:
+    """The points that are most cheaper than the one before."""
+    drops = cost[:-1] - cost[1:]
+    return np.sort(np.argsort(-drops, kind="stable")[:count]) + 1
 
 
 def _cheapest(nbytes: Ints, count: int) -> Ints:

@@ -98,9 +98,14 @@ class Reading:
     """What is kept whatever the budget."""
 
     @classmethod
-    def of(cls, graph: TrainGraph, pinned: Collection[fx.Node] = ()) -> "Reading":
-        """Read a graph of forward and backward; `pinned` are forward nodes that have to be kept."""
-        return _Reader(graph, pinned).read()
+    def of(
+        cls, graph: TrainGraph, pinned: Collection[fx.Node] = (), results_held: bool = True
+    ) -> "Reading":
+        """Read a graph of forward and backward; `pinned` are forward nodes that have to be kept.
+
+        Unless `results_held`, results of the forward are values like others, with their bytes.
+        """
+        return _Reader(graph, pinned, results_held).read()
 
     def values_of(self, nodes: Collection[fx.Node]) -> set[int]:
         """The values that keeping `nodes` keeps; those that are kept anyhow are left out."""
@@ -118,13 +123,14 @@ def key_of(node: fx.Node) -> tuple[fx.Node, Any]:
 
 
 class _Reader:
-    def __init__(self, graph: TrainGraph, pinned: Collection[fx.Node]) -> None:
+    def __init__(self, graph: TrainGraph, pinned: Collection[fx.Node], held: bool) -> None:
         self.graph = graph
         self.pinned = {key_of(node) for node in pinned}
         self.forward = {n for n in graph.nodes("forward") if n.op != "get_attr"}
         self.read_keys = {key_of(node) for node in self._read_by_backward()}
         self.changed = set(self._changed())
-        self.results = {key_of(n) for n in graph.outputs("forward") if n is not None}
+        results = graph.outputs("forward") if held else ()
+        self.results = {key_of(node) for node in results if node is not None}
 
     def read(self) -> Reading:
         """Operators that the backward may need again, from the last to the first, then the tables."""

@@ -30,7 +30,7 @@ import zerograph
 from zerograph import ops
 from zerograph.calibrate import calibrate
 from zerograph.cost import CLUSTERS, Cluster, collective_bytes, name_of
-from zerograph.ir import is_call
+from zerograph.nodes import is_call
 
 WITHIN = 0.25
 """What a prediction may be wrong by."""

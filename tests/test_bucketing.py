@@ -20,8 +20,8 @@ from zerograph.bucketing import UNLIMITED, Limits, limits_of, within
 from zerograph.config import load_config
 from zerograph.cost import peak_gathered
 from zerograph.errors import ConfigError, PlanError, VerifyError
-from zerograph.ir import bucket_of, is_call
 from zerograph.layout import Bucket, Layout, layout_of
+from zerograph.nodes import bucket_of, is_call
 from zerograph.plan import Plan
 from zerograph.precision import Precision
 from zerograph.verify import verify

@@ -23,8 +23,9 @@ from tests.storages import Storages, close, held_by
 from zerograph import checkpointing, ops, pipeline
 from zerograph.cost import CATEGORIES
 from zerograph.errors import ConfigError, PlanError
-from zerograph.ir import (
-    TrainGraph,
+from zerograph.ir import TrainGraph
+from zerograph.layout import repeated_blocks
+from zerograph.nodes import (
     checkpoint_of,
     is_call,
     is_random,
@@ -33,7 +34,6 @@ from zerograph.ir import (
     region_of,
     role_of,
 )
-from zerograph.layout import repeated_blocks
 from zerograph.passes import Checkpoint, Normalize, Specialize
 from zerograph.plan import Plan
 from zerograph.repeats import dropout_scale

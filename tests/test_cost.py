@@ -36,7 +36,8 @@ from zerograph.cost import (
 )
 from zerograph.cost.traffic import name_of
 from zerograph.errors import PlanError
-from zerograph.ir import TrainGraph, bucket_of, is_ahead, is_call, is_view
+from zerograph.ir import TrainGraph
+from zerograph.nodes import bucket_of, is_ahead, is_call, is_view
 from zerograph.plan import Plan
 from zerograph.recording import Recording
 

@@ -12,7 +12,7 @@ from zerograph.changes import changes, unified
 from zerograph.countable import OPERATORS, Countable
 from zerograph.document import Document
 from zerograph.errors import PlanError
-from zerograph.ir import REGIONS
+from zerograph.nodes import REGIONS
 from zerograph.plan import Plan
 
 STAGES = range(4)

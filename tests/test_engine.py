@@ -20,7 +20,7 @@ from tests.ranks import RankError, run_ranks
 from zerograph import ops
 from zerograph.collectives import Channel
 from zerograph.errors import AgreementError, PlanError
-from zerograph.ir import bucket_of, is_call
+from zerograph.nodes import bucket_of, is_call
 
 BF16 = {"bf16": {"enabled": True}}
 

@@ -18,7 +18,7 @@ from tests.storages import Storages, held_by
 from zerograph import ops
 from zerograph.codegen import in_place
 from zerograph.cost import work_of
-from zerograph.ir import is_call
+from zerograph.nodes import is_call
 from zerograph.passes import in_place as in_place_pass
 from zerograph.plan import Plan
 

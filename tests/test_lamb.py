@@ -17,7 +17,7 @@ from zerograph import ops
 from zerograph.codegen.rules import RULES, TINY, rule_of
 from zerograph.cost import work_of
 from zerograph.errors import PlanError
-from zerograph.ir import is_call
+from zerograph.nodes import is_call
 from zerograph.runtime.norms import by_parameter, by_run
 
 WIDTH = 16

@@ -20,7 +20,7 @@ from zerograph import ops
 from zerograph.codegen.dispatch import update
 from zerograph.codegen.rules import RULES, Run
 from zerograph.cost import CATEGORIES, Memory
-from zerograph.ir import is_call
+from zerograph.nodes import is_call
 from zerograph.plan import Plan
 
 STAGES = range(4)

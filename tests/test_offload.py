@@ -18,7 +18,8 @@ from tests.storages import Storages, held_by
 from zerograph import checkpointing, ops, transfers
 from zerograph.cost import CATEGORIES
 from zerograph.errors import PlanError
-from zerograph.ir import TrainGraph, is_call
+from zerograph.ir import TrainGraph
+from zerograph.nodes import is_call
 from zerograph.plan import Plan
 
 ROWS, WIDE, DEPTH = 256, 32, 3

@@ -13,7 +13,7 @@ from tests.ranks import run_ranks
 from tests.test_shown_kernels import serves
 from zerograph import ops
 from zerograph.codegen import cpp, dispatch, kernels, packing
-from zerograph.ir import is_call
+from zerograph.nodes import is_call
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BF16 = {"bf16": {"enabled": True}}

@@ -15,8 +15,9 @@ from tests import tiny
 from zerograph import ops, pipeline
 from zerograph.cost import peak_gathered
 from zerograph.errors import PlanError
-from zerograph.ir import TrainGraph, bucket_of, is_call, region_of, role_of, view_root
+from zerograph.ir import TrainGraph
 from zerograph.layout import Layout
+from zerograph.nodes import bucket_of, is_call, region_of, role_of, view_root
 from zerograph.passes import (
     Gather,
     Normalize,

@@ -17,15 +17,8 @@ from tests import models, tiny
 from tests.partitioner import kept_by_torch
 from zerograph.cost import work_of
 from zerograph.errors import PlanError
-from zerograph.ir import (
-    TrainGraph,
-    eliminate_dead_code,
-    is_call,
-    is_random,
-    is_recomputed,
-    is_view,
-    role_of,
-)
+from zerograph.ir import TrainGraph, eliminate_dead_code
+from zerograph.nodes import is_call, is_random, is_recomputed, is_view, role_of
 from zerograph.passes import Checkpoint, Normalize, Specialize
 from zerograph.recompute import Budget, Chooser, choose
 from zerograph.recompute.choose import Solver

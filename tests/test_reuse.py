@@ -11,7 +11,7 @@ from tests import tiny
 from zerograph import ops
 from zerograph.config import load_config
 from zerograph.cost import peak_gathered
-from zerograph.ir import is_call, region_of
+from zerograph.nodes import is_call, region_of
 from zerograph.passes.gather import best_within
 from zerograph.plan import Plan
 from zerograph.planning import default_arriving, plan_of

@@ -17,7 +17,8 @@ from zerograph import ops, pipeline
 from zerograph.config import load_config
 from zerograph.cost import peak_gathered
 from zerograph.errors import PlanError
-from zerograph.ir import TrainGraph, bucket_of, is_ahead, is_call, region_of
+from zerograph.ir import TrainGraph
+from zerograph.nodes import bucket_of, is_ahead, is_call, region_of
 from zerograph.optimizer import optimizer_of
 from zerograph.passes import Gather, Schedule
 from zerograph.planning import default_arriving, passes_for

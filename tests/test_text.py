@@ -10,7 +10,7 @@ from torch import nn
 
 from tests import tiny
 from zerograph import ops
-from zerograph.ir import is_call
+from zerograph.nodes import is_call
 from zerograph.text import text
 from zerograph.units import size
 

@@ -13,7 +13,8 @@ from tests.ranks import run_ranks
 from zerograph import Engine, ops, pipeline
 from zerograph.config import load_config
 from zerograph.errors import PlanError
-from zerograph.ir import TrainGraph, bucket_of, is_call, region_of, role_of
+from zerograph.ir import TrainGraph
+from zerograph.nodes import bucket_of, is_call, region_of, role_of
 from zerograph.optimizer import optimizer_of
 from zerograph.passes import UpdateInBackward
 from zerograph.plan import Plan

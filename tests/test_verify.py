@@ -18,7 +18,8 @@ from tests import tiny
 from zerograph import ops, pipeline, verify
 from zerograph.config import load_config
 from zerograph.errors import AgreementError, VerifyError
-from zerograph.ir import TrainGraph, is_call, is_recomputed, region_of
+from zerograph.ir import TrainGraph
+from zerograph.nodes import is_call, is_recomputed, region_of
 from zerograph.optimizer import optimizer_of
 from zerograph.planning import default_arriving, passes_for
 from zerograph.runtime.agree import first_difference
@@ -1247,23 +1248,27 @@ def reload_of_what_stayed(graph: TrainGraph) -> None:
 # The tests
 
 
+def require_good(graph: TrainGraph, provided: frozenset[str]) -> None:
+    """Every check runs and holds, and checking changes nothing."""
+    assert all(needs <= provided for needs, _ in verify.CHECKS)
+    before = text(graph, "schedule")
+    verify.verify(graph, provided, "nothing")
+    assert text(graph, "schedule") == before
+
+
 @pytest.mark.parametrize("stage", range(4))
 def test_good_plan_that_updates_in_the_backward_passes(stage: int) -> None:
     graph, provided = good(stage, model="early")
     assert graph.updates_in_backward
-    verify.verify(graph, provided, "nothing")
+    require_good(graph, provided)
 
 
 @pytest.mark.parametrize("model", ["blocks", "batch_norm", "partly", "half", "lamb", "host"])
 @pytest.mark.parametrize("stage", range(4))
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_good_plan_passes(stage: int, model: str, accumulation: int) -> None:
-    """Every check holds, and checking changes nothing."""
     graph, provided = good(stage, model=model, accumulation=accumulation)
-    assert all(needs <= provided for needs, _ in verify.CHECKS)
-    before = text(graph, "schedule")
-    verify.verify(graph, provided, "nothing")
-    assert text(graph, "schedule") == before
+    require_good(graph, provided)
 
 
 @pytest.mark.parametrize("model", ["blocks", "partly", "half", "lamb"])
@@ -1271,14 +1276,14 @@ def test_good_plan_passes(stage: int, model: str, accumulation: int) -> None:
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_good_plan_of_groups_passes(groups: str, model: str, accumulation: int) -> None:
     graph, provided = good(3, model=model, accumulation=accumulation, groups=groups)
-    verify.verify(graph, provided, "nothing")
+    require_good(graph, provided)
 
 
 @pytest.mark.parametrize("groups", ["mics", "hpz"])
 @pytest.mark.parametrize(("model", "number"), [("early", 0), ("blocks", 2), ("early", 2)])
 def test_good_plan_of_groups_with_the_rest_passes(groups: str, model: str, number: int) -> None:
     graph, provided = good(3, model=model, number=number, groups=groups)
-    verify.verify(graph, provided, "nothing")
+    require_good(graph, provided)
 
 
 @pytest.mark.parametrize("name", FAULTS)

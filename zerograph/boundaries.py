@@ -19,15 +19,8 @@ from torch import fx
 
 from zerograph import compat, ops
 from zerograph.errors import PlanError
-from zerograph.ir import (
-    TrainGraph,
-    checkpoint_of,
-    is_call,
-    is_view,
-    module_of,
-    region_of,
-    role_of,
-)
+from zerograph.ir import TrainGraph
+from zerograph.nodes import checkpoint_of, is_call, is_view, module_of, region_of, role_of
 
 
 def mark_captured(graph: TrainGraph) -> None:

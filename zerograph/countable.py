@@ -18,7 +18,7 @@ from torch._ops import OpOverload
 from zerograph import ops
 from zerograph.config.problems import nearest
 from zerograph.errors import PlanError
-from zerograph.ir import REGIONS
+from zerograph.nodes import REGIONS
 from zerograph.text import Line
 from zerograph.units import size
 

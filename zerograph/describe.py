@@ -15,7 +15,8 @@ from zerograph.document import (
     TimeEntry,
     TrafficEntry,
 )
-from zerograph.ir import TrainGraph, bucket_of, module_of, region_of
+from zerograph.ir import TrainGraph
+from zerograph.nodes import bucket_of, module_of, region_of
 from zerograph.pipeline import History
 from zerograph.precision import short
 from zerograph.text import Line

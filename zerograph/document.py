@@ -13,7 +13,7 @@ from pydantic import model_validator
 
 from zerograph.countable import Countable, holds, within
 from zerograph.errors import PlanError, suggestion
-from zerograph.ir import REGIONS
+from zerograph.nodes import REGIONS
 from zerograph.saved import Entry, Saved
 from zerograph.text import Line
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from zerograph import ir
+from zerograph import nodes
 from zerograph.errors import CaptureError
 from zerograph.fakes import requires_grad
 from zerograph.ir import TrainGraph
@@ -24,7 +24,7 @@ def write_origins(graph: TrainGraph) -> None:
         node.meta["module"] = _module_name(node)
     for result in graph.outputs("forward"):
         if isinstance(result, fx.Node) and result.op == "call_function":
-            assert ir.region_of(result) == "forward", f"{result} is an output of the forward"
+            assert nodes.region_of(result) == "forward", f"{result} is an output of the forward"
     for node in graph.nodes("backward"):
         graph.output.prepend(node)
 
@@ -52,7 +52,7 @@ def require_gradients(graph: TrainGraph, model: nn.Module) -> None:
         if node in needed and _may_carry_gradient(node):
             needed.update(node.all_input_nodes)
     for node in graph.placeholders("param"):
-        name = ir.role_of(node).name
+        name = nodes.role_of(node).name
         if node in needed and requires_grad(model, name) and name not in have:
             raise CaptureError(
                 f"parameter {name} is trainable and the forward's result depends on it, but no "
@@ -66,4 +66,4 @@ def _may_carry_gradient(node: fx.Node) -> bool:
     if target in (torch.ops.aten.detach.default, torch.ops.aten.sign.default):
         return False
     value = node.meta.get("val")
-    return any(ir.map_tensors(value, lambda t: t.dtype.is_floating_point or t.dtype.is_complex))
+    return any(nodes.map_tensors(value, lambda t: t.dtype.is_floating_point or t.dtype.is_complex))

@@ -33,8 +33,9 @@ from zerograph.countable import Countable
 from zerograph.describe import describe
 from zerograph.document import Document
 from zerograph.errors import PlanError, suggestion
-from zerograph.ir import Region, TrainGraph, axis_of, is_ahead, is_call, region_of
+from zerograph.ir import TrainGraph
 from zerograph.mesh import named
+from zerograph.nodes import Region, axis_of, is_ahead, is_call, region_of
 from zerograph.ops import COLLECTIVES, gather_ahead
 from zerograph.optimizer import OptimizerSpec
 from zerograph.passes.lower import GroupName, Lower, Program, unnamed

@@ -21,7 +21,8 @@ from torch import fx
 
 from zerograph import ops
 from zerograph.boundaries import of_param
-from zerograph.ir import TrainGraph, checkpoint_of, is_call, is_pure, module_of, region_of
+from zerograph.ir import TrainGraph
+from zerograph.nodes import checkpoint_of, is_call, is_pure, module_of, region_of
 
 aten = torch.ops.aten
 

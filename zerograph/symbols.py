@@ -2,7 +2,7 @@
 
 import torch
 
-from zerograph import compat, ir
+from zerograph import compat, nodes
 from zerograph.errors import CaptureError
 from zerograph.ir import TrainGraph
 from zerograph.sizes import Size, Sizes
@@ -30,7 +30,7 @@ def compute_sizes(graph: TrainGraph, captured: compat.Captured) -> None:
 
     So no size is read from a tensor within the graph, and any size can be computed in any region.
     """
-    present = {ir.role_of(node).name for node in graph.placeholders("size")}
+    present = {nodes.role_of(node).name for node in graph.placeholders("size")}
     for size in graph.sizes.symbols:
         if size.name not in present:
             value = compat.new_size(captured, size.symbol, size.hint)
@@ -38,6 +38,6 @@ def compute_sizes(graph: TrainGraph, captured: compat.Captured) -> None:
     for node in graph.nodes():
         read = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
         if read and isinstance(node.meta.get("val"), torch.SymInt):
-            with graph.inserting(node, ir.region_of(node), ir.module_of(node)) as insert:
+            with graph.inserting(node, nodes.region_of(node), nodes.module_of(node)) as insert:
                 node.replace_all_uses_with(insert.size(node.meta["val"]))  # type: ignore[arg-type]
             graph.graph.erase_node(node)

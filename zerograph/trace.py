@@ -18,15 +18,16 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
-from zerograph import compat, ir
+from zerograph import compat, nodes
 from zerograph.boundaries import mark_captured
 from zerograph.effects import Reads, reads_of, refuse_lost_writes
 from zerograph.errors import CaptureError
 from zerograph.explain import explained
 from zerograph.fakes import fake_inputs, fake_state, substituted
 from zerograph.integrations import transformers
-from zerograph.ir import Gradient, Result, Role, TrainGraph
+from zerograph.ir import Gradient, Result, TrainGraph
 from zerograph.layout import Layout
+from zerograph.nodes import Role
 from zerograph.origins import require_gradients, write_origins
 from zerograph.precision import Precision
 from zerograph.sizes import Sizes
@@ -173,7 +174,7 @@ def _trace_of(
     compute_sizes(graph, captured)
     require_gradients(graph, model)
     position = {path: index for index, path in reversed(list(enumerate(names.paths)))}
-    order = tuple(position[ir.role_of(node).name] for node in graph.placeholders("input"))
+    order = tuple(position[nodes.role_of(node).name] for node in graph.placeholders("input"))
     reads = reads_of(model, captured.effects)
     return Trace(graph, order, constants, rebuild, tuple(sources), reads)
 

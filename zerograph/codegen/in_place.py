@@ -23,7 +23,7 @@ from torch._ops import OpOverload
 
 from zerograph import ops
 from zerograph.codegen.packing import is_dense, same_layout, scale_of
-from zerograph.ir import is_call, is_view, region_of
+from zerograph.nodes import is_call, is_view, region_of
 
 aten = torch.ops.aten
 WRITERS: dict[OpOverload, OpOverload] = {

@@ -21,7 +21,8 @@ from zerograph.codegen.packing import kernel_of
 from zerograph.codegen.render import SUFFIX, render
 from zerograph.codegen.rules import Described, Flags, Kind
 from zerograph.codegen.spec import Finish, Norm, Spec, Update
-from zerograph.ir import TrainGraph, bucket_of, is_call
+from zerograph.ir import TrainGraph
+from zerograph.nodes import bucket_of, is_call
 
 Source = Literal["cpp", "triton"]
 SOURCES: tuple[Source, ...] = ("cpp", "triton")

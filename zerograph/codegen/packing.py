@@ -19,7 +19,7 @@ from torch import fx
 
 from zerograph import ops
 from zerograph.codegen.spec import SHORT, Copy
-from zerograph.ir import is_call
+from zerograph.nodes import is_call
 
 LEAST = 1 << 18
 """Elements from which a kernel gains on the CPU: one pass in place of two, behind a call that takes 10 us

@@ -30,8 +30,8 @@ from zerograph import ops
 from zerograph.codegen import in_place
 from zerograph.codegen.rules import rule_of
 from zerograph.compat import hint
-from zerograph.ir import (
-    TrainGraph,
+from zerograph.ir import TrainGraph
+from zerograph.nodes import (
     axis_of,
     bucket_of,
     is_ahead,

@@ -18,7 +18,8 @@ from torch import fx
 from zerograph import ops
 from zerograph.cost.lifetimes import HOST, Lifetimes, Stored
 from zerograph.cost.traffic import nbytes
-from zerograph.ir import TrainGraph, is_ahead, is_call, module_of, region_of, role_of
+from zerograph.ir import TrainGraph
+from zerograph.nodes import is_ahead, is_call, module_of, region_of, role_of
 
 CATEGORIES = (
     "parameters",

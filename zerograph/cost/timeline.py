@@ -21,16 +21,8 @@ from zerograph import ops
 from zerograph.cost.cluster import Cluster
 from zerograph.cost.traffic import collective_bytes, name_of, nbytes
 from zerograph.cost.work import work_of
-from zerograph.ir import (
-    REGIONS,
-    TrainGraph,
-    axis_of,
-    bucket_of,
-    is_ahead,
-    is_call,
-    is_view,
-    region_of,
-)
+from zerograph.ir import TrainGraph
+from zerograph.nodes import REGIONS, axis_of, bucket_of, is_ahead, is_call, is_view, region_of
 from zerograph.precision import short
 
 Stream = Literal["compute", "communication", "copy"]

@@ -12,8 +12,9 @@ from torch._ops import OpOverload
 
 from zerograph import ops
 from zerograph.compat import hint
-from zerograph.ir import TrainGraph, axis_of, is_call, map_tensors
+from zerograph.ir import TrainGraph
 from zerograph.mesh import named
+from zerograph.nodes import axis_of, is_call, map_tensors
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from zerograph import ops
 from zerograph.codegen.in_place import is_in_place
 from zerograph.compat import hint
-from zerograph.ir import is_call, is_view, map_tensors
+from zerograph.nodes import is_call, is_view, map_tensors
 
 
 @dataclass(frozen=True)

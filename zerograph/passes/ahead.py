@@ -19,7 +19,8 @@ from typing import cast
 from torch import fx
 
 from zerograph import ops
-from zerograph.ir import TrainGraph, bucket_of, is_call, module_of
+from zerograph.ir import TrainGraph
+from zerograph.nodes import bucket_of, is_call, module_of
 
 SHARE = 1 / 3
 """Of all elements, how many are sent to the next step in the backward. A backward computes about twice as

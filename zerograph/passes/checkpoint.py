@@ -32,7 +32,8 @@ from zerograph.boundaries import (
     mark_blocks,
     mark_forward,
 )
-from zerograph.ir import TrainGraph, checkpoint_of, is_call, is_view, region_of, role_of
+from zerograph.ir import TrainGraph
+from zerograph.nodes import checkpoint_of, is_call, is_view, region_of, role_of
 from zerograph.passes.normalize import keep_old_buffers
 from zerograph.repeats import Repeats, can_repeat
 

@@ -40,8 +40,9 @@ from typing import ClassVar, cast
 from torch import fx
 
 from zerograph import ops
-from zerograph.ir import Region, TrainGraph, is_call, module_of, region_of, role_of
+from zerograph.ir import TrainGraph
 from zerograph.mesh import over
+from zerograph.nodes import Region, is_call, module_of, region_of, role_of
 from zerograph.passes.release import aliases, users_of_aliases
 
 

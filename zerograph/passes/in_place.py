@@ -17,7 +17,8 @@ from torch import fx
 
 from zerograph import ops
 from zerograph.codegen.in_place import buffer_of, can_write, source_of
-from zerograph.ir import TrainGraph, is_call
+from zerograph.ir import TrainGraph
+from zerograph.nodes import is_call
 
 
 @dataclass(frozen=True)

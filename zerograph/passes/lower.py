@@ -27,7 +27,8 @@ from torch import fx
 from zerograph import collectives, ops
 from zerograph.codegen import in_place
 from zerograph.cost import collective_bytes, name_of
-from zerograph.ir import Region, Role, TrainGraph, axis_of, bucket_of, is_ahead, is_call, role_of
+from zerograph.ir import TrainGraph
+from zerograph.nodes import Region, Role, axis_of, bucket_of, is_ahead, is_call, role_of
 from zerograph.passes.lowerings import HANDLERS, called, channel_of
 
 _AHEAD = (ops.gather_ahead, ops.refresh, ops.refreshed)
@@ -59,6 +60,8 @@ class Program:
     """Index in `graph.nodes()` of the region's first node."""
     saved: tuple[str, ...] = ()
     """Names of the values that the forward's answer ends with."""
+    pending: frozenset[str] = frozenset()
+    """Names of those that are collectives under way, whose values are still to come."""
     starts: dict[str, Started] = field(default_factory=dict, compare=False)
     """The collectives that it starts, by what errors call each."""
 
@@ -119,12 +122,14 @@ class Builder:
             self.graph.module, self.out, class_name=f"Zero{self.region.title()}"
         )
         names = tuple(n.name for n in saved if n is not None)
+        gathers = (n for n in saved if n is not None and is_call(n, ops.gather))
+        pending = frozenset(n.name for n in gathers)
         roles, starts = tuple(self.inputs), {}
         for node in nodes:
             if is_call(node, *ops.COLLECTIVES) and self.graph.world > 1:
                 about = name_of(node), bucket_of(node), axis_of(node), collective_bytes(node)
                 starts[called(node)] = Started(*about)
-        return Program(self.region, module, roles, len(results), first, names, starts)
+        return Program(self.region, module, roles, len(results), first, names, pending, starts)
 
     def _needed(self, nodes: Sequence[fx.Node], results: Sequence[fx.Node | None]) -> list[fx.Node]:
         """Values from outside the region that it reads, in graph order."""

@@ -12,8 +12,9 @@ from torch import fx
 from zerograph import collectives, ops, transfers
 from zerograph.codegen import dispatch, in_place, kernels, packing
 from zerograph.cost import name_of
-from zerograph.ir import TrainGraph, axis_of, bucket_of, is_ahead, is_call
+from zerograph.ir import TrainGraph
 from zerograph.mesh import named
+from zerograph.nodes import axis_of, bucket_of, is_ahead, is_call
 
 if TYPE_CHECKING:
     from zerograph.passes.lower import Builder

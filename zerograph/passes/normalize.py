@@ -20,7 +20,8 @@ from typing import ClassVar, cast
 import torch
 from torch import fx
 
-from zerograph.ir import TrainGraph, is_call, is_view, module_of, region_of, role_of, view_root
+from zerograph.ir import TrainGraph
+from zerograph.nodes import is_call, is_view, module_of, region_of, role_of, view_root
 
 _IDENTITIES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 

@@ -45,7 +45,8 @@ from zerograph.codegen.packing import is_dense
 from zerograph.compat import hint
 from zerograph.cost import nbytes
 from zerograph.errors import PlanError
-from zerograph.ir import TrainGraph, checkpoint_of, is_call, module_of, region_of, view_root
+from zerograph.ir import TrainGraph
+from zerograph.nodes import checkpoint_of, is_call, module_of, region_of, view_root
 from zerograph.passes.release import users_of_aliases
 from zerograph.units import size
 

@@ -17,7 +17,8 @@ from typing import ClassVar, cast
 from torch import fx
 
 from zerograph import ops
-from zerograph.ir import TrainGraph, is_call, is_view, region_of
+from zerograph.ir import TrainGraph
+from zerograph.nodes import is_call, is_view, region_of
 
 
 @dataclass(frozen=True)

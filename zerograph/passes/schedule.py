@@ -31,7 +31,8 @@ from torch import fx
 
 from zerograph import ops
 from zerograph.errors import PlanError
-from zerograph.ir import TrainGraph, bucket_of, is_call, region_of
+from zerograph.ir import TrainGraph
+from zerograph.nodes import bucket_of, is_call, region_of
 from zerograph.passes.ahead import start_gathers, start_refreshes
 
 

@@ -17,8 +17,9 @@ from torch import fx
 
 from zerograph import ops
 from zerograph.bucketing import UNLIMITED, Limits, within
-from zerograph.ir import REGIONS, Region, TrainGraph, module_of, region_of, role_of
+from zerograph.ir import TrainGraph
 from zerograph.layout import Bucket, Param
+from zerograph.nodes import REGIONS, Region, module_of, region_of, role_of
 
 
 @dataclass(frozen=True)

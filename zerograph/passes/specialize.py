@@ -18,7 +18,8 @@ import torch
 from torch import fx
 
 from zerograph import compat
-from zerograph.ir import TrainGraph, is_call, is_random, module_of, region_of, role_of
+from zerograph.ir import TrainGraph
+from zerograph.nodes import is_call, is_random, module_of, region_of, role_of
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,10 @@ import torch
 from torch import fx
 
 from zerograph import ops
-from zerograph.ir import Inserter, TrainGraph, is_call, region_of, role_of
+from zerograph.ir import Inserter, TrainGraph
 from zerograph.layout import Bucket
 from zerograph.mesh import over
+from zerograph.nodes import is_call, region_of, role_of
 from zerograph.passes.reduce import MEAN, Average, means
 from zerograph.passes.scale import add_scalar
 

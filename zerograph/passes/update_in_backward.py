@@ -25,7 +25,8 @@ from typing import ClassVar, cast
 from torch import fx
 
 from zerograph import ops
-from zerograph.ir import Gradient, TrainGraph, bucket_of, is_call, region_of, role_of
+from zerograph.ir import Gradient, TrainGraph
+from zerograph.nodes import bucket_of, is_call, region_of, role_of
 from zerograph.passes.reduce import cast_to
 from zerograph.passes.release import aliases, users_of_aliases
 

@@ -25,7 +25,8 @@ from torch import Tensor, fx
 
 from zerograph.compat import hint
 from zerograph.cost.work import Work, work_of
-from zerograph.ir import TrainGraph, is_view
+from zerograph.ir import TrainGraph
+from zerograph.nodes import is_view
 from zerograph.repeats import can_repeat, is_dropped_out, mask_of
 
 WEIGHT = 1024

@@ -20,7 +20,7 @@ from torch import fx
 
 from zerograph.engine import Engine
 from zerograph.errors import PlanError
-from zerograph.ir import REGIONS, Region, region_of
+from zerograph.nodes import REGIONS, Region, region_of
 from zerograph.passes.lower import Program, starts_collective, waits_for_collective
 from zerograph.plan import Plan
 from zerograph.recording import Recording, SpanEntry

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from zerograph import compat
 from zerograph.errors import PlanError, ZerographError
-from zerograph.ir import Role, role_of
+from zerograph.nodes import Role, role_of
 from zerograph.passes.lower import GroupName, Program
 from zerograph.plan import Plan
 from zerograph.runtime.state import State
@@ -219,7 +219,11 @@ class _Step(torch.autograd.Function):
         ctx.runner, ctx.compiled, ctx.sizes = runner, compiled, sizes
         ctx.version = runner.state.version
         named = dict(zip(compiled.forward.saved, saved, strict=True))
-        tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+        pending = (
+            compiled.forward.pending
+        )  # written while they are saved, which autograd would refuse
+        held = {name: value for name, value in named.items() if name not in pending}
+        tensors = {name: value for name, value in held.items() if isinstance(value, Tensor)}
         ctx.save_for_backward(*tensors.values())
         ctx.names = tuple(tensors)
         ctx.scalars = {name: value for name, value in named.items() if name not in tensors}

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from zerograph.collectives import Channel
 from zerograph.errors import PlanError
-from zerograph.ir import Role
 from zerograph.layout import Bucket, Layout, Param
+from zerograph.nodes import Role
 from zerograph.precision import Precision
 from zerograph.runtime.ahead import Ahead
 from zerograph.runtime.world import World

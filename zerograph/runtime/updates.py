@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from zerograph.config import ZeroConfig
 from zerograph.errors import PlanError
-from zerograph.ir import Role
+from zerograph.nodes import Role
 from zerograph.passes.lower import Program
 from zerograph.plan import Plan
 from zerograph.runtime.deferred import Deferred

@@ -7,16 +7,8 @@ from torch import fx
 
 from zerograph.collectives import ALGORITHMS
 from zerograph.cost import memory_of, nbytes, traffic_of
-from zerograph.ir import (
-    REGIONS,
-    Region,
-    TrainGraph,
-    is_recomputed,
-    is_view,
-    module_of,
-    region_of,
-    role_of,
-)
+from zerograph.ir import TrainGraph
+from zerograph.nodes import REGIONS, Region, is_recomputed, is_view, module_of, region_of, role_of
 from zerograph.precision import short
 from zerograph.text.names import Names, folded_names, is_kept, names_of
 from zerograph.text.nodes import Line, line_of, type_of

@@ -5,7 +5,8 @@ from typing import Any, cast
 from torch import fx
 
 from zerograph import ops
-from zerograph.ir import TrainGraph, axis_of, bucket_of, is_call, role_of
+from zerograph.ir import TrainGraph
+from zerograph.nodes import axis_of, bucket_of, is_call, role_of
 from zerograph.sizes import Sizes
 
 

@@ -11,7 +11,8 @@ from zerograph import ops
 from zerograph.codegen.in_place import is_in_place
 from zerograph.compat import SYMBOLIC
 from zerograph.cost import collective_bytes, nbytes
-from zerograph.ir import (
+from zerograph.mesh import named
+from zerograph.nodes import (
     axis_of,
     bucket_of,
     is_ahead,
@@ -21,7 +22,6 @@ from zerograph.ir import (
     module_of,
     region_of,
 )
-from zerograph.mesh import named
 from zerograph.precision import short
 from zerograph.text.names import Names
 from zerograph.units import size

@@ -6,8 +6,9 @@ from typing import cast
 from torch import fx
 
 from zerograph import ops
-from zerograph.ir import TrainGraph, axis_of, is_call, region_of
+from zerograph.ir import TrainGraph
 from zerograph.mesh import ALL
+from zerograph.nodes import axis_of, is_call, region_of
 from zerograph.verify.common import bucket_of, say
 
 _OF_SLICES = (

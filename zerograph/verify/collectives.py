@@ -8,7 +8,8 @@ from torch import fx
 
 from zerograph import ops
 from zerograph.cost import peak_gathered
-from zerograph.ir import TrainGraph, axis_of, is_ahead, is_call, region_of, role_of, view_root
+from zerograph.ir import TrainGraph
+from zerograph.nodes import axis_of, is_ahead, is_call, region_of, role_of, view_root
 from zerograph.passes.release import users_of_aliases
 from zerograph.verify.common import bucket_of, say, source_of
 

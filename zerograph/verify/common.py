@@ -9,7 +9,8 @@ from torch._ops import OpOverload
 
 from zerograph import ops
 from zerograph.cost import name_of
-from zerograph.ir import TrainGraph, is_call, region_of
+from zerograph.ir import TrainGraph
+from zerograph.nodes import is_call, region_of
 
 Check = Callable[[TrainGraph], Iterator[str]]
 """Answers what is wrong with a graph, a sentence each."""

@@ -7,7 +7,8 @@ from typing import cast
 from torch import fx
 
 from zerograph import ops
-from zerograph.ir import TrainGraph, is_call, region_of, view_root
+from zerograph.ir import TrainGraph
+from zerograph.nodes import is_call, region_of, view_root
 from zerograph.passes.release import aliases
 from zerograph.verify.common import say
 

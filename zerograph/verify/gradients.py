@@ -9,7 +9,8 @@ from torch import fx
 
 from zerograph import ops
 from zerograph.codegen import in_place
-from zerograph.ir import TrainGraph, is_call, role_of
+from zerograph.ir import TrainGraph
+from zerograph.nodes import is_call, role_of
 from zerograph.verify.common import bucket_of, say, source_of
 
 

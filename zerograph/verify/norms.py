@@ -8,7 +8,8 @@ from torch import fx
 
 from zerograph import ops
 from zerograph.codegen.rules import rule_of
-from zerograph.ir import TrainGraph, is_call
+from zerograph.ir import TrainGraph
+from zerograph.nodes import is_call
 from zerograph.verify.common import bucket_of, say, source_of
 
 _SHARED = {

@@ -8,7 +8,8 @@ from typing import cast
 from torch import fx
 
 from zerograph import ops
-from zerograph.ir import Region, TrainGraph, is_call
+from zerograph.ir import TrainGraph
+from zerograph.nodes import Region, is_call
 from zerograph.passes.update_in_backward import reads
 from zerograph.verify.common import bucket_of, say, source_of
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from torch import fx
 
 from zerograph import ops
-from zerograph.ir import (
+from zerograph.ir import TrainGraph
+from zerograph.nodes import (
     REGIONS,
-    TrainGraph,
     is_call,
     is_pure,
     is_random,

@@ -155,9 +155,10 @@ def best_within(sizes: Sequence[int], budget: int) -> list[bool]:
     """Which of `sizes`, by preference, to take so that their sum is largest within `budget`.
 
     Of the sets with that sum it is the one with the first that can be had, then the second, and so on. Sums
-    are exact if the greatest common divisor of the sizes is at least a millionth of the budget; otherwise a
-    size is rounded up to such parts, and a set that leaves less of the budget than a part for each size may
-    be missed. Time and memory: len(sizes) times 2**20 bits.
+    are exact if the greatest common divisor of the sizes is at least a millionth of the budget; otherwise
+    sizes are rounded up to such parts: a set that leaves less of the budget than a part for each size may be
+    missed, and sums within a part for each size of another count as equal. Time and memory: len(sizes) times
+    2**20 bits.
     """
     unit = max(gcd(*sizes), -(-budget // _UNITS), 1)
     parts, whole = [-(-size // unit) for size in sizes], budget // unit

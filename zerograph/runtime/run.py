@@ -219,11 +219,9 @@ class _Step(torch.autograd.Function):
         ctx.runner, ctx.compiled, ctx.sizes = runner, compiled, sizes
         ctx.version = runner.state.version
         named = dict(zip(compiled.forward.saved, saved, strict=True))
-        pending = (
-            compiled.forward.pending
-        )  # written while they are saved, which autograd would refuse
-        held = {name: value for name, value in named.items() if name not in pending}
-        tensors = {name: value for name, value in held.items() if isinstance(value, Tensor)}
+        # what is still to come is written while it is saved: autograd would refuse it as changed
+        there = {n: value for n, value in named.items() if n not in compiled.forward.pending}
+        tensors = {name: value for name, value in there.items() if isinstance(value, Tensor)}
         ctx.save_for_backward(*tensors.values())
         ctx.names = tuple(tensors)
         ctx.scalars = {name: value for name, value in named.items() if name not in tensors}

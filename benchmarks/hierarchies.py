@@ -75,7 +75,7 @@ def rows(layers: int, tokens: int) -> Iterator[Row]:
     for world in WORLDS:
         traced = trace_of(model, load_config(config_for({})), inputs, world)
         for (name, groups), micros in product(GROUPS.items(), MICRO_BATCHES):
-            plan = plan_of(traced, load_config(config_for(groups, micros)), keep_text=False)
+            plan = plan_of(traced, load_config(config_for(groups, micros)))
             for words, rate in NETWORKS.items():
                 seconds = step(plan.timeline(network(rate)), micros)
                 yield Row(world, words, name, micros, seconds, plan.memory.peak)

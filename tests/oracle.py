@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 import zerograph
 from tests.models import batch_for, loss_of, make
 from tests.storages import Storages, held_by
+from tests.traces import captured_once
 from zerograph.layout import repeated_blocks
 
 STEPS = 5
@@ -112,6 +113,7 @@ def _cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n: t.detach().cpu().clone() for n, t in state.items()}
 
 
+@captured_once()
 def compare(rank: int, world: int, name: str) -> dict[str, Any]:
     """Everything that the parity test asserts about one model, as (difference) numbers."""
     report: dict[str, Any] = {}
@@ -168,6 +170,7 @@ def state_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return worst
 
 
+@captured_once()
 def compare_gradients(rank: int, world: int, name: str) -> dict[int, Any]:
     """Per stage: the gradient error against DDP, and the norm of the first update."""
     model = make(name)
@@ -184,6 +187,7 @@ def compare_gradients(rank: int, world: int, name: str) -> dict[int, Any]:
     return report
 
 
+@captured_once()
 def compare_accumulation(rank: int, world: int) -> dict[str, Any]:
     """Four micro-batches of 2 beside one batch of 8, and the stages beside each other."""
     name = "llama"
@@ -220,6 +224,7 @@ def compare_accumulation(rank: int, world: int) -> dict[str, Any]:
     return report
 
 
+@captured_once()
 def compare_bf16(rank: int, world: int) -> dict[Any, list[float]]:
     """Losses of twenty steps in bf16 under fully_shard's same policy, and ours at each stage."""
     name, steps = "llama", 20
@@ -247,6 +252,7 @@ def compare_bf16(rank: int, world: int) -> dict[Any, list[float]]:
     return losses
 
 
+@captured_once()
 def compare_clipping(rank: int, world: int) -> dict[int, tuple[float, float]]:
     """Per stage: the state error after five clipped steps, and the relative error of the last norm.
 

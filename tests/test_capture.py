@@ -452,9 +452,7 @@ def test_the_engines_plan_is_byte_for_byte_the_plan_without_ranks() -> None:
     engine = engine_of(make("llama"))
     engine(**batch)
     assert str(engine.plan) == str(planned)
-    assert [r.text for r in engine.plan.history.records] == [
-        r.text for r in planned.history.records
-    ]
+    assert engine.plan.history.texts() == planned.history.texts()
 
 
 def test_the_models_own_storage_is_freed_bucket_by_bucket(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -381,8 +381,9 @@ def test_show_is_the_canonical_text(folder: Path) -> None:
 def test_show_lists_the_passes(folder: Path) -> None:
     lines = ok("show", folder / "plan3.json", "--passes").splitlines()
     assert [line.split()[0] for line in lines[1:]] == planned(3).history.names()
-    record = planned(3).history.records[5]
-    assert lines[6].split() == [record.name, str(len(record.lines)), *record.did.split()]
+    history = planned(3).history
+    record, (full, _) = history.records[5], history.forms[5]
+    assert lines[6].split() == [record.name, str(len(full)), *record.did.split()]
 
 
 @pytest.mark.parametrize(

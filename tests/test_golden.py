@@ -94,7 +94,7 @@ def test_option_skeleton(name: str, graph_golden: GraphGolden) -> None:
 def everything(model: nn.Module, inputs: Any, stage: int) -> str:
     """The text after every pass, and the finished plan's signature."""
     made = zerograph.plan(model, tiny.config(stage), example_inputs=inputs, world_size=WORLD)
-    texts = [record.text for record in made.history.records]
+    texts = made.history.texts()
     return "\n".join([*texts, *made.signature()])
 
 
@@ -125,7 +125,7 @@ def test_another_process_plans_the_same() -> None:
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True, check=True
     )
-    texts = [record.text for record in llama_plan(3).history.records]
+    texts = llama_plan(3).history.texts()
     assert ran.stdout == "\n".join([*texts, *llama_plan(3).signature()])
 
 
@@ -141,7 +141,7 @@ def test_meta_model_and_inputs_give_the_same() -> None:
         model = models.make("llama")
     inputs = {name: t.to("meta") for name, t in models.batch_for("llama", 0).items()}
     assert everything(model, inputs, 3) == "\n".join(
-        [*(record.text for record in llama_plan(3).history.records), *llama_plan(3).signature()]
+        [*llama_plan(3).history.texts(), *llama_plan(3).signature()]
     )
 
 

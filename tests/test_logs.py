@@ -81,18 +81,19 @@ def test_one_pass_alone_and_no_text_without_plus() -> None:
 
 
 def test_nothing_is_made_when_logs_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a line nor a text; and without kept texts none is made at all."""
+    """Neither a line nor a text."""
     handled: list[logging.LogRecord] = []
     made: list[str] = []
     monkeypatch.setattr(logging.Logger, "handle", lambda self, record: handled.append(record))
-    monkeypatch.setattr(pipeline, "lines", lambda graph, name, **_: made.append(name) or [])
+    monkeypatch.setattr(pipeline, "text", lambda graph, name: made.append(name) or "")
+    monkeypatch.setattr(pipeline, "forms", lambda graph, name: made.append(name) or ((), ()))
     trace = tiny.trace_of("mlp")
-    pipeline.run(trace.graph.copy(), [], keep_text=False)
+    pipeline.run(trace.graph.copy(), [])
     ours = [record for record in handled if record.name.startswith("zerograph")]
     assert ours == [] and made == []
 
 
-def test_texts_are_logged_when_they_are_not_kept() -> None:
+def test_texts_are_logged_when_they_are_not_read() -> None:
     seen: list[Any] = []
     handler = logging.Handler()
     handler.emit = seen.append  # type: ignore[method-assign]
@@ -100,10 +101,9 @@ def test_texts_are_logged_when_they_are_not_kept() -> None:
     log.addHandler(handler)
     log.setLevel(logging.DEBUG)
     try:
-        history = pipeline.run(tiny.trace_of("mlp").graph.copy(), [], keep_text=False)
+        pipeline.run(tiny.trace_of("mlp").graph.copy(), [])
     finally:
         log.removeHandler(handler)
         log.setLevel(logging.NOTSET)
-    assert history["trace"] == ""
     assert [record.levelname for record in seen] == ["INFO", "DEBUG"]
     assert "after trace" in seen[1].getMessage()

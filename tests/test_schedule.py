@@ -61,7 +61,7 @@ def scheduled(
     reach = last.reach if reach is None else reach
     last = replace(last, prefetch=prefetch, across=across, reach=reach, any_size=any_size)
     passes = [replace(each, across=across) if isinstance(each, Gather) else each for each in passes]
-    pipeline.run(graph, [*passes, last], keep_text=False)
+    pipeline.run(graph, [*passes, last])
     return graph
 
 
@@ -374,7 +374,7 @@ def test_no_more_reductions_are_under_way_than_allowed(in_flight: int, stage: in
     config = load_config(tiny.config(stage))
     spec = optimizer_of(config, graph.layout)
     *passes, _ = passes_for(config, graph, default_arriving(graph), spec)
-    pipeline.run(graph, [*passes, Schedule(0, FAR, in_flight)], keep_text=False)
+    pipeline.run(graph, [*passes, Schedule(0, FAR, in_flight)])
     alive = most = 0
     for node in graph.nodes("backward"):
         alive += is_call(node, kind)

@@ -189,7 +189,7 @@ def test_an_update_stands_behind_the_last_read_of_its_bucket() -> None:
     graph = tiny.trace_of("blocks").graph.copy()
     config = load_config(tiny.config(2, **EARLY))
     passes = passes_for(config, graph, ("loss",), optimizer_of(config, graph.layout))
-    pipeline.run(graph, passes[:-2], keep_text=False)
+    pipeline.run(graph, passes[:-2])
     views = [n for n in graph.nodes("backward") if is_call(n, ops.param) and bucket_of(n) == "b3"]
     with graph.inserting(graph.end("backward"), "backward") as insert:
         late = insert(ops.param, *views[0].args)

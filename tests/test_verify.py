@@ -92,7 +92,7 @@ def good(
         passes = passes_for(config, graph, default_arriving(graph), spec)
         names = [each.name for each in passes]
         passes = passes[: names.index(after) + 1]
-        pipeline.run(graph, passes, keep_text=False)
+        pipeline.run(graph, passes)
         _good[key] = graph, frozenset({"traced"}).union(*(each.provides for each in passes))
     graph, provided = _good[key]
     return graph.copy(), provided

@@ -34,8 +34,8 @@ def describe(
     """The document of a planned graph, with times on `cluster`; `kernels` are sources by file name."""
     table = _Lines()
     passes = tuple(
-        PassEntry(name=r.name, did=r.did, full=table(r.lines), skeleton=table(r.skeleton))
-        for r in history.records
+        PassEntry(name=r.name, did=r.did, full=table(full), skeleton=table(skeleton))
+        for r, (full, skeleton) in zip(history.records, history.forms, strict=True)
     )
     timeline = cost.timeline_of(graph, cluster)
     return Document(

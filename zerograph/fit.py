@@ -167,7 +167,7 @@ def _candidate(
 ) -> Candidate:
     config = load_config(changed)
     batch = config.batch(world)
-    plan = plan_of(traced, config, keep_text=False)
+    plan = plan_of(traced, config)
     shown = choice | {"micro-batch": batch.micro_batch_size, "accumulation": batch.accumulation}
     seconds = _step(plan.timeline(cluster), batch.accumulation)
     return Candidate(shown, config, plan.memory, seconds, batch.train_batch_size, micro)

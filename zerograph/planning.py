@@ -104,23 +104,27 @@ def plan_of(
     arriving: Sequence[str] | None = None,
     client: Client | None = None,
     *,
-    keep_text: bool = True,
     algorithm: Algorithm | None = None,
 ) -> Plan:
-    """Run the passes on a copy of a traced graph. `keep_text` keeps the text after each.
+    """Run the passes on a copy of a traced graph.
 
     `algorithm` moves the buckets; by default that of the device's usual backend.
     """
-    graph = traced.graph.copy()
-    graph.layout = graph.layout.over(config.mesh(graph.world))
-    graph.notes["collectives"] = algorithm or algorithm_for(graph.device)
+    notes: dict[str, Any] = {"collectives": algorithm or algorithm_for(traced.graph.device)}
+
+    def start() -> TrainGraph:
+        graph = traced.graph.copy()
+        graph.layout = graph.layout.over(config.mesh(graph.world))
+        graph.notes |= notes
+        return graph
+
+    graph = start()
     if arriving is None:
         arriving = default_arriving(graph)
     spec = optimizer_of(config, graph.layout, client)
-    history = pipeline.run(
-        graph, passes_for(config, graph, tuple(arriving), spec), keep_text=keep_text
-    )
-    return Plan(graph, history, config, spec)
+    passes = passes_for(config, graph, tuple(arriving), spec)
+    notes |= graph.notes
+    return Plan(graph, pipeline.run(graph, passes, start), config, spec)
 
 
 def default_arriving(graph: TrainGraph) -> tuple[str, ...]:

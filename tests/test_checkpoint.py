@@ -20,6 +20,7 @@ from tests.models import batch_for, loss_of
 from tests.oracle import config_for
 from tests.ranks import run_ranks
 from tests.storages import Storages, close, held_by
+from tests.traces import captured_once
 from zerograph import checkpointing, ops, pipeline
 from zerograph.cost import CATEGORIES
 from zerograph.errors import ConfigError, PlanError
@@ -111,6 +112,7 @@ def test_no_bit_changes(name: str) -> None:
 STAGES = {"blocks": range(4), "normed": [3]}
 
 
+@captured_once()
 def at_every_stage(rank: int, world: int) -> dict[Any, Any]:
     """What differs from stage 0 without checkpoints, and the peaks."""
     found: dict[Any, Any] = {}

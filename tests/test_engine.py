@@ -1,6 +1,7 @@
 """The engine on real ranks: what it holds, what it gives back, and how ranks agree."""
 
 import gc
+import itertools
 import time
 import weakref
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import zerograph
 from tests.models import batch_for, loss_of, make
 from tests.oracle import config_for, differing
 from tests.ranks import RankError, run_ranks
+from tests.traces import captured_once
 from zerograph import ops
 from zerograph.collectives import Channel
 from zerograph.errors import AgreementError, PlanError
@@ -28,6 +30,7 @@ BF16 = {"bf16": {"enabled": True}}
 # Memory
 
 
+@captured_once()
 def _live_bytes(rank: int, world: int, precision: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """Per stage: live bytes after a backward, the plan's, and ZeRO's formula."""
     report = {}
@@ -126,7 +129,14 @@ class _Gathers(TorchDispatchMode):
             self.copies.append(name)
 
 
-def _gathered_peak(rank: int, world: int, prefetch: int) -> dict[str, Any]:
+PREFETCHES = (0, 20000, 10**7)
+
+
+def _gathered_peaks(rank: int, world: int) -> list[dict[str, Any]]:
+    return [_gathered_peak(rank, prefetch) for prefetch in PREFETCHES]
+
+
+def _gathered_peak(rank: int, prefetch: int) -> dict[str, Any]:
     config = config_for(3, zero_optimization={"stage3_prefetch_bucket_size": prefetch})
     engine = zerograph.compile(make("llama"), config)
     batch = batch_for("llama", rank)
@@ -153,9 +163,8 @@ def _gathered_peak(rank: int, world: int, prefetch: int) -> dict[str, Any]:
     return {**least, **planned, "copies": watch.copies}
 
 
-@pytest.mark.parametrize("prefetch", [0, 20000, 10**7])
-def test_gathered_elements_alive_are_what_the_plan_says(prefetch: int) -> None:
-    for report in run_ranks(2, _gathered_peak, prefetch):
+def test_gathered_elements_alive_are_what_the_plan_says() -> None:
+    for report in itertools.chain(*run_ranks(2, _gathered_peaks)):
         assert report["peak"] == report["plan"]
         assert report["between"] == report["kept"], "more is kept gathered than the plan says"
         assert report["after"] == report["ahead"]
@@ -185,7 +194,13 @@ def test_many_gathers_under_way_at_once() -> None:
 # Values
 
 
-def _values(rank: int, world: int, stage: int) -> None:
+@captured_once()
+def _values(rank: int, world: int) -> None:
+    for stage in (0, 1, 3):
+        _values_at(stage, rank)
+
+
+def _values_at(stage: int, rank: int) -> None:
     torch.manual_seed(rank)
     model = make("gpt2", seed=rank)  # every rank with other values: rank 0's are taken
     expected = make("gpt2", seed=0)
@@ -231,9 +246,8 @@ def _values(rank: int, world: int, stage: int) -> None:
         trained(**batch)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
-def test_full_values_in_and_out(stage: int) -> None:
-    run_ranks(2, _values, stage)
+def test_full_values_in_and_out() -> None:
+    run_ranks(2, _values)
 
 
 def _bf16_values(rank: int, world: int) -> None:

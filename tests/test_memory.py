@@ -16,6 +16,7 @@ from tests.models import MODELS, batch_for, loss_of, make
 from tests.oracle import config_for
 from tests.ranks import run_ranks
 from tests.storages import Storages, close, held_by
+from tests.traces import captured_once
 from zerograph import ops
 from zerograph.codegen.dispatch import update
 from zerograph.codegen.rules import RULES, Run
@@ -69,11 +70,19 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-@pytest.mark.parametrize("option", OPTIONS)
-def test_options(option: str, stage: int) -> None:
-    for peaks in run_ranks(2, measured, "llama", stage, OPTIONS[option]):
-        assert close(*peaks), peaks
+@captured_once()
+def _measured_with_options(rank: int, world: int) -> dict[Any, tuple[int, int]]:
+    return {
+        (option, stage): measured(rank, world, "llama", stage, extra)
+        for option, extra in OPTIONS.items()
+        for stage in (0, 3)
+    }
+
+
+def test_options() -> None:
+    for report in run_ranks(2, _measured_with_options):
+        for key, peaks in report.items():
+            assert close(*peaks), (key, peaks)
 
 
 def test_the_tracker_sees_what_the_allocator_does(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import zerograph
 from tests.models import batch_for, loss_of, make
 from tests.oracle import config_for, differing, gradient_error
 from tests.ranks import run_ranks
+from tests.traces import captured_once
 from tests.zoo import ZOO
 from tests.zoo.family import TEXT, from_config
 from zerograph.errors import CaptureError
@@ -44,9 +45,19 @@ TABLE_ONLY = {
     "blip": "llava",
     "falcon_mamba": "mamba",
     "phimoe": "phimoe with router loss",
+    "smollm3": "llama",
+    "mistral": "llama",
+    "qwen2": "llama",
+    "phi": "gpt_neox",
+    "stablelm": "gpt_neox",
+    "electra": "bert",
+    "distilbert": "bert",
+    "mpnet": "bert",
+    "gemma2": "gemma3_text",
+    "deepseek_v2": "deepseek_v3",
     "gpt_oss": "gpt_oss with router loss",
 }
-"""Slower families, with the sibling that is tested here; the table of docs/models.md has both."""
+"""Families with a sibling that is tested here or in test_parity.py; the table of docs/models.md has both."""
 PAIRS = [
     "modernbert",
     "gemma3_text",
@@ -134,6 +145,7 @@ def test_checkpointing_that_cannot_be_captured_is_refused_by_name() -> None:
         engine(**batch_for("t5", 0))
 
 
+@captured_once()
 def beside_ddp(rank: int, world: int, name: str) -> dict[int, Any]:
     """Per stage: is the loss bitwise, which gradients are not, and those without a gradient."""
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
@@ -162,6 +174,7 @@ def test_two_ranks_equal_ddp(name: str) -> None:
         assert report == dict.fromkeys(range(4), (True, [], []))
 
 
+@captured_once()
 def lonely_experts(rank: int, world: int, family: str) -> tuple[list[list[int]], dict[int, Any]]:
     """A mixture in which a rank sees one token only: the tokens per expert, and errors beside DDP."""
     shape = {**TEXT, "num_key_value_heads": 2, "num_experts_per_tok": 1}

@@ -16,6 +16,7 @@ from tests import tiny
 from tests.models import batch_for, loss_of, make
 from tests.oracle import config_for, differing
 from tests.ranks import run_ranks
+from tests.traces import captured_once
 from zerograph.config import load_config
 from zerograph.errors import LossScaleError, PlanError
 from zerograph.runtime.deferred import Deferred
@@ -280,6 +281,7 @@ def test_autocast_around_the_forward(by: str) -> None:
 # How ranks are averaged
 
 
+@captured_once()
 def _averages(rank: int, world: int) -> None:
     reference: dict[str, Any] = {}
     for stage in (0, 3):
@@ -407,6 +409,7 @@ ACCUMULATE = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps"
 WEIGHTED = {**ACCUMULATE, "compile": {"weighted_accumulation": True}}
 
 
+@captured_once()
 def _uneven(rank: int, world: int, given: dict[str, Any], stages: tuple[int, ...]) -> None:
     weighted = "compile" in given
     losses = []

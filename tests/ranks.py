@@ -9,7 +9,7 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -48,10 +48,11 @@ def outcomes_of(
     *args: Any,
     timeout: float = TIMEOUT,
     collectives: float = COLLECTIVES,
+    lost: Collection[int] = (),
 ) -> list[tuple[str, Any]]:
     """What became of each rank: ("value", what it returned), ("error", traceback) or ("timeout", "").
 
-    A collective may take `collectives` seconds.
+    A collective may take `collectives` seconds. Ranks that are meant to be `lost` are not waited for.
     """
     settings = {name: os.environ[name] for name in os.environ if name.startswith("ZEROGRAPH_")}
     context = multiprocessing.get_context("forkserver")
@@ -65,7 +66,8 @@ def outcomes_of(
         for process in processes:
             process.start()
         try:
-            _join(processes, time.monotonic() + timeout)
+            others = [process for rank, process in enumerate(processes) if rank not in lost]
+            _join(others, time.monotonic() + timeout)
         finally:
             for process in processes:
                 if process.is_alive():

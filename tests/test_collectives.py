@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import zerograph
-from tests.models import batch_for, loss_of, make
+from tests import tiny
 from tests.oracle import config_for
 from tests.ranks import outcomes_of, run_ranks
 from zerograph import collectives
@@ -131,14 +131,14 @@ PATIENCE = 5.0
 
 def _lost(rank: int, world: int, stage: int, lost_by: int) -> dict[str, Any]:
     """Train until the last rank is gone; what this rank then hears, and after how long."""
-    engine = zerograph.compile(make("llama"), config_for(stage))
-    batch = batch_for("llama", rank)
+    engine = zerograph.compile(tiny.Blocks(), config_for(stage))
+    batch = tiny.batch()
     for step in range(100):
         if rank == world - 1 and step == 2:
             os.kill(os.getpid(), lost_by)
         since = time.monotonic()
         try:
-            engine.backward(loss_of(engine(**batch)))
+            engine.backward(engine(**batch)["loss"])
             engine.step()
         except CommunicationError as error:
             return {"error": str(error), "took": time.monotonic() - since}
@@ -156,7 +156,9 @@ def _lost(rank: int, world: int, stage: int, lost_by: int) -> dict[str, Any]:
     ],
 )
 def test_a_rank_that_dies_or_stands_still_is_heard_of(stage: int, lost_by: int, named: str) -> None:
-    outcomes = outcomes_of(3, _lost, stage, int(lost_by), timeout=90, collectives=PATIENCE)
+    outcomes = outcomes_of(
+        3, _lost, stage, int(lost_by), timeout=90, collectives=PATIENCE, lost=[2]
+    )
     assert outcomes[2][0] == "timeout", "the last rank was lost"
     for rank, (kind, found) in enumerate(outcomes[:2]):
         assert kind == "value", found

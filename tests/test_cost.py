@@ -40,6 +40,7 @@ from zerograph.ir import TrainGraph
 from zerograph.nodes import bucket_of, is_ahead, is_call, is_view
 from zerograph.plan import Plan
 from zerograph.recording import Recording
+from zerograph.trace import Trace
 
 CPU = CLUSTERS["cpu"]
 TWICE = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2}
@@ -47,13 +48,13 @@ KINDS = ("gather", "reduce_scatter", "all_reduce")
 
 
 @functools.cache
+def traced(name: str, world: int) -> Trace:
+    return tiny.traced(models.make(name), models.batch_for(name, 0), world)
+
+
+@functools.cache
 def plan_of(name: str, stage: int = 3, world: int = 2) -> Plan:
-    return zerograph.plan(
-        models.make(name),
-        tiny.config(stage),
-        example_inputs=models.batch_for(name, 0),
-        world_size=world,
-    )
+    return tiny.planned(traced(name, world), stage)
 
 
 def ran(module: nn.Module, inputs: Any, stage: int = 2) -> TrainGraph:

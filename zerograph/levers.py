@@ -23,6 +23,8 @@ TRIES = 2
 """Budgets above the least that are planned for one stage and micro-batch."""
 MOST = 1 + 2 + TRIES
 """Plans of one stage and micro-batch: as given, the least without and with the host, and TRIES."""
+NEAR = 0.01
+"""A budget that is larger by less is not worth another plan."""
 _STEP = 1000
 """Budgets are whole parts of it: 0.125, not 0.12534."""
 
@@ -88,7 +90,7 @@ def _keep_more(peak_of: Callable[[float], int | None], low: int, high: int, budg
     for _ in range(TRIES):
         at = less + (more - less) * (budget - under) / max(1, over - under)
         fraction = math.floor(at * _STEP) / _STEP
-        peak = peak_of(fraction) if less < fraction < more else None
+        peak = peak_of(fraction) if less + NEAR < fraction < more else None
         if peak is None:
             return
         if peak <= budget:

@@ -341,6 +341,14 @@ KNOBS = (
         base(activation_checkpointing={"number_checkpoints": 2}),
     ),
     Knob(
+        "activation_checkpointing.number_checkpoints",
+        "As many regions as give the lowest peak of activations: here one for each of the blocks.",
+        base(),
+        base(activation_checkpointing={"number_checkpoints": "auto"}),
+        "auto",
+        model="tall",
+    ),
+    Knob(
         "activation_checkpointing.cpu_checkpointing",
         "What enters a region goes to the host behind its last use in the forward, and comes back one "
         "region ahead of its use in the backward. Values below 4 KiB stay, so the batch here has 128 rows.",

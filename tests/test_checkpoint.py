@@ -1,6 +1,8 @@
 """Activation checkpointing: where regions come from, what is kept, and that no bit changes."""
 
 import functools
+import itertools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -43,7 +45,7 @@ aten = torch.ops.aten
 STEPS = 2
 
 
-def numbered(count: int) -> dict[str, Any]:
+def numbered(count: int | str) -> dict[str, Any]:
     return {"activation_checkpointing": {"number_checkpoints": count}}
 
 
@@ -385,7 +387,7 @@ def test_a_choice_of_what_is_kept(name: str, choose: Callable[[TrainGraph], list
     model: nn.Module = {**tiny.MODELS, "tied": tiny.Tied}[name]()
     plain, chosen = (tiny.traced(model, tiny.batch(), 1).graph.copy() for _ in range(2))
     pipeline.run(plain, [Normalize(), Checkpoint(), Specialize()])
-    pipeline.run(chosen, [Normalize(), Checkpoint(1, choose), Specialize()])
+    pipeline.run(chosen, [Normalize(), Checkpoint(choose=choose), Specialize()])
     assert recomputed(chosen)
     assert {region for _, region in boundaries(chosen)} == {"budget"}
     kept = [n for n in chosen.outputs("saved") if n is not None and n.op != "placeholder"]
@@ -404,8 +406,12 @@ def test_a_budget_in_bytes_and_as_a_fraction() -> None:
     most = saved[1] + 1000
     plan = stack_plan(depth, compile={"activation_budget": most})
     assert saved[1] <= plan.memory.saved <= most
-    with pytest.raises(PlanError, match=r"compile.activation_budget=2: a budget of 2 bytes"):
+    with pytest.raises(PlanError, match=r"compile.activation_budget=2: a budget of 2 byt") as info:
         stack_plan(depth, compile={"activation_budget": 2})
+    (smallest,) = map(int, re.findall(r"(\d+) bytes \S+ \S+ are the smallest", str(info.value)))
+    assert stack_plan(depth, compile={"activation_budget": smallest}).memory.saved <= smallest
+    with pytest.raises(PlanError, match=rf"a budget of {smallest - 1} bytes"):
+        stack_plan(depth, compile={"activation_budget": smallest - 1})
     one, other = (
         two_steps(marked(called)),
         two_steps(marked(called), compile={"activation_budget": 0}),
@@ -413,10 +419,79 @@ def test_a_budget_in_bytes_and_as_a_fraction() -> None:
     assert same(one[:2], other[:2]) == [] and recomputed(other[2].graph)
 
 
-def test_a_budget_comes_before_the_models_own_regions() -> None:
-    plan = two_steps(marked(checkpointing.checkpoint), compile={"activation_budget": 1})[2]
-    assert plan.history.records[2].did.startswith("1 regions in the place of the model's own")
-    assert {region for _, region in boundaries(plan.graph)} <= {"budget"}
+def test_a_budget_beside_regions_says_what_more_is_kept() -> None:
+    """With nothing more it is the plan without a budget; each byte more saves work and no bit changes."""
+    regions, least = numbered(3), stack_plan(6, **numbered(3))
+    plans = [stack_plan(6, **regions, compile={"activation_budget": f}) for f in (0, 0.3, 1)]
+    assert str(plans[0]) == str(least)
+    saved = [plan.memory.saved for plan in plans]
+    work = [len(recomputed(plan.graph)) for plan in plans]
+    assert saved == sorted(set(saved)) and work == sorted(set(work), reverse=True)
+    assert {region for _, region in boundaries(plans[1].graph)} == {
+        f"layers.{i} .. layers.{i + 1}" for i in (0, 2, 4)
+    }
+    with pytest.raises(PlanError, match=rf"must be kept .* need {saved[0]} bytes"):
+        stack_plan(6, **regions, compile={"activation_budget": saved[0] - 1})
+
+
+def test_a_budget_keeps_more_of_the_models_own_regions() -> None:
+    plain = two_steps(marked(called))
+    plans = [
+        two_steps(marked(checkpointing.checkpoint), compile={"activation_budget": f})
+        for f in (0, 0.5)
+    ]
+    assert all(same(plain[:2], found[:2]) == [] for found in plans)
+    assert plans[0][2].memory.saved < plans[1][2].memory.saved
+    assert plans[1][2].history.records[2].did.startswith("3 regions, which the model marks itself")
+    assert {region for _, region in boundaries(plans[1][2].graph)} == {
+        f"layers.{i}" for i in range(3)
+    }
+
+
+FRACTIONS = (0.0, 0.03, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
+
+
+def llama_plan(**extra: Any) -> Plan:
+    return tiny.planned(llama_trace(), 0, **extra)
+
+
+@functools.cache
+def llama_trace() -> Any:
+    return tiny.traced(models.make("llama"), models.batch_for("llama", 0), 1)
+
+
+@pytest.mark.parametrize("made, layers", [(functools.partial(stack_plan, 8), 8), (llama_plan, 2)])
+def test_the_peak_falls_with_the_budget(made: Callable[..., Plan], layers: int) -> None:
+    """To that of regions, whatever their number; within a tenth, since a layer's values are not alike."""
+    plans = [made(compile={"activation_budget": f}) for f in FRACTIONS]
+    saved, peaks = [plan.memory.saved for plan in plans], [activations(plan) for plan in plans]
+    assert saved == sorted(saved)
+    for less, more in itertools.pairwise(peaks):
+        assert less <= 1.1 * more, peaks
+    numbers = {count: activations(made(**numbered(count))) for count in range(1, layers + 1)}
+    assert peaks[0] <= min(numbers.values()) < 0.6 * peaks[-1], (peaks, numbers)
+    assert (
+        activations(made(**numbered(layers), compile={"activation_budget": 0})) == numbers[layers]
+    )
+    auto = made(**numbered("auto"))
+    assert activations(auto) == min(numbers.values())
+
+
+def test_the_number_of_regions_under_a_budget() -> None:
+    """The boundaries of all blocks do not fit into a smaller one; what is left is kept within regions."""
+    most = stack_plan(8, **numbered(8)).memory.saved
+    small, large = (
+        stack_plan(8, **numbered("auto"), compile={"activation_budget": b})
+        for b in (most - 1, 2 * most)
+    )
+    counts = [len({region for _, region in boundaries(p.graph)}) for p in (small, large)]
+    assert counts[0] < 8 and small.memory.saved < most < large.memory.saved <= 2 * most
+    half = stack_plan(8, **numbered("auto"), compile={"activation_budget": 0.5})
+    assert activations(half) > activations(stack_plan(8, **numbered("auto")))
+    with pytest.raises(PlanError, match=r"compile.activation_budget=9: a budget of 9 bytes"):
+        stack_plan(8, **numbered("auto"), compile={"activation_budget": 9})
+    with pytest.raises(PlanError, match="number_checkpoints=auto: Mlp has no repeated blocks"):
+        tiny.planned(tiny.trace_of("mlp"), 0, **numbered("auto"))
 
 
 class Looking(nn.Module):
@@ -641,7 +716,7 @@ def test_configure_acts_on_engines_compiled_later() -> None:
         ({"contiguous_checkpointing": True}, "needs number_checkpoints"),
         (
             {"num_checkpoints": -1},
-            "activation_checkpointing.number_checkpoints: must be at least 0",
+            "activation_checkpointing.number_checkpoints: must be a whole number of at least 0",
         ),
     ],
 )

@@ -274,13 +274,6 @@ def test_a_config_that_skipped_the_loader_is_checked_too() -> None:
             {"activation_checkpointing": {"contiguous_memory_optimization": True}},
             "contiguous_memory_optimization needs number_checkpoints",
         ),
-        (
-            {
-                "activation_checkpointing": {"number_checkpoints": 2},
-                "compile": {"activation_budget": 0.5},
-            },
-            "both say what the forward keeps",
-        ),
     ],
 )
 def test_keys_that_exclude_each_other(config: dict[str, Any], says: str) -> None:

@@ -18,12 +18,13 @@ import zerograph
 from tests import models, tiny
 from tests.ranks import run_ranks
 from zerograph import ops
-from zerograph.calibrate import calibrate, links, reference, timing
+from zerograph.calibrate import calibrate, links, operators, reference, timing
 from zerograph.calibrate.links import _solve, shares
 from zerograph.codegen.in_place import is_in_place
 from zerograph.cost import (
     CLUSTERS,
     Cluster,
+    Device,
     Link,
     Timeline,
     Work,
@@ -652,7 +653,7 @@ def test_alpha_and_beta_are_found_again() -> None:
 
 def _calibrated(rank: int, world: int) -> str:
     """With less of everything that is measured."""
-    timing.ROUNDS = 2
+    timing.ROUNDS, operators.COPIES = 2, (1 << 20,)
     reference.LAYERS, reference.STEPS, reference.WORDS = 1, 1, 2048
     links.SIZES = (1 << 14, 1 << 16, 1 << 18)
     return calibrate().dumps()
@@ -665,6 +666,8 @@ def test_calibration_describes_the_group_that_it_runs_in() -> None:
     assert (found.name, found.backend, found.per_node) == ("this machine", "gloo", 2)
     assert set(found.device.flops) == {"f32", "f64", "bf16", "f16"}
     assert not found.device.asynchronous
+    assert 1e8 < found.device.host_bandwidth < 1e12
+    assert found.device.host_bandwidth != Device.model_fields["host_bandwidth"].default
     assert max(found.intra.efficiency.values()) == 1.0
 
 

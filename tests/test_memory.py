@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import zerograph
@@ -208,6 +209,30 @@ def test_results_of_one_operator_are_counted_once_each() -> None:
     assert len(taken) == 3
     assert {alive(plan, "activations")[i] for i in (first, *taken)} == {(32 + 4 + 4) * 4}
     assert plan.memory.saved == (4 + 4) * 4
+
+
+LOSSES = (F.mse_loss, F.smooth_l1_loss, F.binary_cross_entropy, F.soft_margin_loss)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_loss_holds_one_number(loss: Any, reduction: str) -> None:
+    """torch's own lies in a storage as large as what it is the mean of; the numbers are torch's."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(64, 64)
+
+        def forward(self, x: Tensor, target: Tensor) -> Tensor:
+            return loss(self.linear(x).sigmoid(), target, reduction=reduction)  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model, x, target = Model(), torch.rand(64, 64), torch.rand(64, 64)
+    expected = model(x, target)
+    found = zerograph.compile(model, tiny.config(0))(x, target)
+    assert torch.equal(found, expected)
+    assert found.untyped_storage().nbytes() == found.nbytes
 
 
 def test_one_rank_gathers_nothing() -> None:

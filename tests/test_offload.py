@@ -1,6 +1,9 @@
 """cpu_checkpointing: what goes to the host and when, that no bit changes, and what is held where."""
 
 import functools
+import io
+import json
+import re
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,19 +11,23 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, fx, nn
 
 import zerograph
 from tests import tiny
 from tests.oracle import config_for
 from tests.ranks import run_ranks
-from tests.storages import Storages, held_by
+from tests.storages import Storages, close, held_by
 from zerograph import checkpointing, ops, transfers
+from zerograph.cli.tables import plan_parts
 from zerograph.cost import CATEGORIES
 from zerograph.errors import PlanError
 from zerograph.ir import TrainGraph
 from zerograph.nodes import is_call
 from zerograph.plan import Plan
+from zerograph.report.overview import facts
+from zerograph.units import size
 
 ROWS, WIDE, DEPTH = 256, 32, 3
 BOUNDARY = ROWS * WIDE * 4
@@ -135,8 +142,7 @@ def test_no_bit_changes_and_less_is_held() -> None:
         for stage, (different, before, after) in report.items():
             assert different == [], stage
             assert after[1] == (DEPTH * BOUNDARY, DEPTH * BOUNDARY) and before[1] == (0, 0)
-            beyond = [held - planned for held, planned in (before[0], after[0])]
-            assert abs(beyond[1] - beyond[0]) < BOUNDARY / 4, (before, after)
+            assert close(*before[0]) and close(*after[0]), (before, after)
             assert after[0][0] < before[0][0] - (DEPTH - 2) * BOUNDARY * 0.9, (before, after)
 
 
@@ -241,6 +247,26 @@ def test_memory_is_of_the_device_or_of_the_host() -> None:
     assert most[1] - most[0] == ROWS * WIDE
     assert "host 96.0 KiB" in str(plan_of()) and "on the host 96.0 KiB" in plan_of().short()
     assert plan_of(depth=4).document().memory.host == one.host
+
+
+def test_the_peak_says_what_is_kept_computed_again_and_on_the_host() -> None:
+    """In the plan, its JSON, and what is printed; the device's parts add up to the peak."""
+    memory, document = plan_of(depth=4).memory, plan_of(depth=4).document()
+    assert sum(held.bytes for held in memory.at_peak) == memory.peak
+    parts = dict(zip(CATEGORIES, memory.peak_moment.bytes)) if memory.peak_moment else {}
+    assert sum(parts.values()) == memory.peak and parts["recomputed"] > 0
+    assert 0 < memory.kept_at_peak <= parts["activations"]
+    assert 0 < memory.host_at_peak <= memory.host == 4 * BOUNDARY
+    said = json.loads(document.dumps())["memory"]
+    assert said["kept_at_peak"] == memory.kept_at_peak
+    assert said["host_at_peak"] == memory.host_at_peak
+    console = Console(file=io.StringIO(), width=200)
+    for part in plan_parts(document):
+        console.print(part)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert re.search(rf"of activations, kept for backward +{size(memory.kept_at_peak)}", text)
+    assert re.search(rf"beside it, on the host +{size(memory.host_at_peak)}", text)
+    assert ("on the host", size(memory.host)) in facts(document, None)
 
 
 def test_the_skeleton_has_no_numbers_of_aten_values() -> None:

@@ -4,7 +4,7 @@ import functools
 import itertools
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,18 +15,20 @@ from torch import Tensor, fx, nn
 
 from tests import models, tiny
 from tests.partitioner import kept_by_torch
-from zerograph.cost import work_of
+from zerograph.cost import CATEGORIES, work_of
 from zerograph.errors import PlanError
 from zerograph.ir import TrainGraph, eliminate_dead_code
 from zerograph.nodes import is_call, is_random, is_recomputed, is_view, role_of
 from zerograph.passes import Checkpoint, Normalize, Specialize
-from zerograph.recompute import Budget, Chooser, choose
+from zerograph.recompute import Chooser, choose
 from zerograph.recompute.choose import Solver
 from zerograph.recompute.curve import LIMIT, add, pareto
 from zerograph.recompute.cut import hull
 from zerograph.recompute.exact import solve, width
 from zerograph.recompute.pieces import pieces_of
 from zerograph.recompute.problem import Op, Problem, Value, key_of, nbytes_of
+from zerograph.recompute.regions import Options
+from zerograph.trace import Trace
 
 aten = torch.ops.aten
 
@@ -156,12 +158,16 @@ def test_a_thinned_curve_knows_the_fewest_bytes_for_few_flops() -> None:
 @functools.cache
 def normal(name: str) -> TrainGraph:
     """The normalized joint graph of a model; dropout is on in those of `tiny`."""
-    if name in tiny.MODELS:
-        graph = tiny.trace_of(name, 2).graph.copy()
-    else:
-        graph = tiny.traced(models.make(name), models.batch_for(name, 0), 2).graph.copy()
+    graph = trace_of(name).graph.copy()
     Normalize().apply(graph)
     return graph
+
+
+@functools.cache
+def trace_of(name: str) -> Trace:
+    if name in tiny.MODELS:
+        return tiny.trace_of(name, 2)
+    return tiny.traced(models.make(name), models.batch_for(name, 0), 2)
 
 
 @functools.cache
@@ -245,7 +251,7 @@ def test_the_pass_keeps_and_repeats_what_was_chosen(name: str) -> None:
     for fraction in (0.0, 0.4, 0.8):
         chosen = found.choose(found.budget(fraction))
         graph = normal(name).copy()
-        Checkpoint(choose=Budget(fraction)).apply(graph)
+        Checkpoint(choose=at(fraction)).apply(graph)
         eliminate_dead_code(graph)
         Specialize().apply(graph)
         results = {key_of(node) for node in graph.outputs("forward") if node is not None}
@@ -256,6 +262,38 @@ def test_the_pass_keeps_and_repeats_what_was_chosen(name: str) -> None:
         again = [node for node in graph.nodes("backward") if is_recomputed(node)]
         assert sum(work_of(node).flops for node in again) == chosen.flops
         assert not any(map(is_random, again))
+
+
+def at(fraction: float) -> Callable[[TrainGraph], tuple[fx.Node, ...]]:
+    """A choice between the fewest bytes and all, whatever is alive at once."""
+
+    def choose(graph: TrainGraph) -> tuple[fx.Node, ...]:
+        found = Chooser.of(graph)
+        return found.choose(found.budget(fraction)).keep
+
+    return choose
+
+
+def activations(trace: Trace, **more: Any) -> int:
+    """Most bytes of activations alive at once in a plan, kept, computed again and temporary."""
+    indices = [CATEGORIES.index(name) for name in ("activations", "recomputed")]
+    series = tiny.planned(trace, 0, **more).memory.series
+    return max(sum(moment.bytes[i] for i in indices) for moment in series)
+
+
+@pytest.mark.parametrize("name", ["blocks", "normed", "llama", "gpt2"])
+def test_the_peak_of_a_choice_is_that_of_its_plan(name: str) -> None:
+    """With and without boundaries, told before the other passes run; but for scalars and copied buffers."""
+    trace = trace_of(name)
+    options = Options.of(normal(name), whole=True)
+    for fraction in (0.0, 0.3, 0.7):
+        budget = options.budget(fraction)
+        _, chosen = options.choose(budget)
+        planned = activations(trace, compile={"activation_budget": fraction})
+        assert planned == pytest.approx(options.peaks.peak(chosen.keep), rel=0.005, abs=512)
+    for option in Options.of(normal(name), whole=False).found:
+        planned = activations(trace, activation_checkpointing={"number_checkpoints": option.number})
+        assert planned == pytest.approx(option.lowest, rel=0.005, abs=512)
 
 
 def is_buffer(copied: fx.Node) -> bool:

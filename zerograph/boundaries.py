@@ -7,11 +7,11 @@
 
 There are three sources of regions: calls of `torch.utils.checkpoint` in the model, which the capture marks
 (`zerograph.checkpointing.checkpoint` is one); `activation_checkpointing.number_checkpoints`, evenly over the
-repeated blocks; and a budget in bytes, for which the whole forward is one region. A region is named
-by the module that all of its nodes come from, or c0, c1, .. where there is none of its own.
+repeated blocks; and, without any of these, a budget in bytes, for which the whole forward is one region. A
+region is named by the module that all of its nodes come from, or c0, c1, .. where there is none of its own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise, takewhile
 
 import torch
@@ -43,35 +43,57 @@ def mark_blocks(graph: TrainGraph, number: int) -> None:
 
     Raises PlanError if there are fewer blocks.
     """
+    for node, region in regions_of_blocks(graph, number).items():
+        _mark([node], region)
+
+
+def regions_of_blocks(graph: TrainGraph, number: int) -> dict[fx.Node, str]:
+    """The region of each node of the forward that lies in one of `number` even runs of the repeated blocks.
+
+    Raises PlanError if there are fewer blocks.
+    """
     blocks = graph.layout.blocks
     if number > len(blocks):
-        count = f"{len(blocks)} repeated blocks" if blocks else "no repeated blocks"
-        mend = f"give at most {len(blocks)}" if blocks else "leave it out"
-        raise PlanError(
-            f"activation_checkpointing.number_checkpoints={number}: {graph.model} has {count}; {mend}, or "
-            "mark regions in the model with zerograph.checkpointing.checkpoint"
-        )
+        raise no_blocks(graph, number)
     starts = [index * len(blocks) // number for index in range(number + 1)]
     region_by_block: dict[str, str] = {}
     for start, stop in pairwise(starts):
         first, last = blocks[start], blocks[stop - 1]
         name = first if first == last else f"{first} .. {last}"
         region_by_block.update(dict.fromkeys(blocks[start:stop], name))
-    for node in graph.nodes("forward"):
-        region = _region_around(module_of(node), region_by_block)
-        if region:
-            _mark([node], region)
+    found = {n: _region_around(module_of(n), region_by_block) for n in graph.nodes("forward")}
+    return {node: region for node, region in found.items() if region}
+
+
+def no_blocks(graph: TrainGraph, number: int | str) -> PlanError:
+    """The error of a model with fewer repeated blocks than regions."""
+    blocks = graph.layout.blocks
+    count = f"{len(blocks)} repeated blocks" if blocks else "no repeated blocks"
+    mend = f"give at most {len(blocks)}" if blocks else "leave it out"
+    return PlanError(
+        f"activation_checkpointing.number_checkpoints={number}: {graph.model} has {count}; {mend}, or "
+        "mark regions in the model with zerograph.checkpointing.checkpoint"
+    )
+
+
+def marked(graph: TrainGraph) -> dict[fx.Node, str]:
+    """The region of each node of the forward that lies in one."""
+    return {n: checkpoint_of(n) for n in graph.nodes("forward") if checkpoint_of(n)}
+
+
+def crossing(graph: TrainGraph, regions: Mapping[fx.Node, str]) -> set[fx.Node]:
+    """The values that enter or leave a region: what the forward keeps of regions at least."""
+    return {
+        source
+        for node in graph.nodes("forward")
+        for source in node.all_input_nodes
+        if regions.get(source) != regions.get(node) and _is_boundary(source)
+    }
 
 
 def mark_forward(graph: TrainGraph, region: str) -> None:
     """Mark the whole forward as one region."""
     _mark(graph.nodes("forward"), region)
-
-
-def clear_marks(graph: TrainGraph) -> None:
-    """Forget the regions that are marked."""
-    for node in graph.nodes("forward"):
-        node.meta.pop("checkpoint", None)
 
 
 def insert_boundaries(graph: TrainGraph) -> None:

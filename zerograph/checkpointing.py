@@ -9,7 +9,7 @@ computed again is planned (passes/checkpoint.py). Anywhere else it does what `to
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch.utils.checkpoint
 
@@ -43,7 +43,7 @@ def configure(
     deepspeed_config: Source | None = None,
     partition_activations: bool | None = None,
     contiguous_checkpointing: bool | None = None,
-    num_checkpoints: int | None = None,
+    num_checkpoints: int | Literal["auto"] | None = None,
     checkpoint_in_cpu: bool | None = None,
     synchronize: bool | None = None,
     profile: bool | None = None,

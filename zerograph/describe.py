@@ -95,6 +95,8 @@ def _memory(memory: cost.Memory) -> MemoryEntry:
         at_peak=tuple(
             HeldEntry(owner=h.owner, category=h.category, bytes=h.bytes) for h in memory.at_peak
         ),
+        kept_at_peak=memory.kept_at_peak,
+        host_at_peak=memory.host_at_peak,
     )
 
 

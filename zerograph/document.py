@@ -87,6 +87,10 @@ class MemoryEntry(Entry):
     peak_node: int
     """Index into `Document.nodes` of the call at which the peak is reached; -1 without calls."""
     at_peak: tuple[HeldEntry, ...]
+    kept_at_peak: int = 0
+    """Of the activations at the peak, what the forward keeps; the others are temporary."""
+    host_at_peak: int = 0
+    """Beside the peak, on the host."""
 
 
 class TrafficEntry(Entry):

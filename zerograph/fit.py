@@ -1,19 +1,24 @@
 """Which settings fit into a device's memory, the fastest first, and why the others do not.
 
     one trace for each micro-batch  x  LEVERS  ->  plans without text  ->  peak and time of a step
+                                               ->  where that does not fit: levers of activations
 
-A lever is a key of the config with the values to try, one entry in LEVERS. The global batch stays as it is
-given: another micro-batch has another number of accumulation steps.
+A lever is a key of the config with the values to try (levers.py). Keeping fewer activations takes time, so it
+is planned only where it may fit, and where with all of them kept a step would be faster than what fits
+already. The global batch stays as it is given: another micro-batch has another number of accumulation steps.
 """
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from zerograph.config import ZeroConfig, load_config
 from zerograph.cost import CATEGORIES, Cluster, Held, Memory, Timeline
 from zerograph.errors import ConfigError, PlanError
+from zerograph.levers import LEVERS, Lever, Settings, is_open, keep_less, shown, with_settings
+from zerograph.nodes import is_recomputed
+from zerograph.plan import Plan
 from zerograph.planning import plan_of
 from zerograph.trace import Trace
 from zerograph.units import size
@@ -22,18 +27,6 @@ MICRO = "train_micro_batch_size_per_gpu"
 STEPS = "gradient_accumulation_steps"
 ROOT = "(root)"
 """How a holder of memory is called that no module inside the model owns."""
-
-
-@dataclass(frozen=True)
-class Lever:
-    """A key of the config, dotted, and the values to try in the order of growing effort."""
-
-    name: str
-    key: str
-    values: tuple[Any, ...]
-
-
-LEVERS: tuple[Lever, ...] = (Lever("stage", "zero_optimization.stage", (0, 1, 2, 3)),)
 
 
 @dataclass(frozen=True)
@@ -46,6 +39,10 @@ class Candidate:
     memory: Memory
     seconds: float
     """Of a step with all its micro-batches, predicted."""
+    repeating: float
+    """Of these seconds: computing values of the forward again."""
+    waited: float
+    """Of these seconds: compute stands still for collectives and copies."""
     rows: int | None
     """Rows of a global batch; None where the config does not say."""
     micro: int | None
@@ -57,6 +54,12 @@ class Candidate:
         moment = self.memory.peak_moment
         alive = dict(zip(CATEGORIES, moment.bytes if moment else ()))
         return {name: alive[name] for name in sorted(alive, key=lambda c: -alive[c]) if alive[name]}
+
+    @property
+    def floor(self) -> int:
+        """The peak if no activation were kept, and none computed again."""
+        others = slice(0, CATEGORIES.index("activations"))
+        return max((sum(moment.bytes[others]) for moment in self.memory.series), default=0)
 
     def why(self, count: int = 3) -> str:
         """The largest categories at the peak, and what holds most."""
@@ -74,6 +77,10 @@ class Fit:
     exceeds: tuple[Candidate, ...]
     refused: tuple[str, ...]
     """Choices that cannot be planned, each with the reason."""
+    untried: tuple[str, ...]
+    """Where keeping fewer activations was not tried, each with the reason."""
+    plans: int
+    """How many were made; at most `levers.MOST` for each stage and micro-batch."""
 
 
 def fit(
@@ -89,21 +96,82 @@ def fit(
 
     A micro-batch of None leaves the config's batch numbers alone. Once nothing fits, no larger one is tried.
     """
-    found: list[Candidate] = []
-    refused: list[str] = []
+    search = _Search(budget, cluster, world)
     for micro in micro_batches:
         traced = trace_for(micro)
-        before = len(found)
+        before = len(search.found)
         for choice, changed in _choices(config, levers, micro):
-            try:
-                found.append(_candidate(traced, micro, choice, changed, cluster, world))
-            except (ConfigError, PlanError) as error:
-                refused.append(f"{_shown(choice)}: {error}")
-        if all(c.memory.peak > budget for c in found[before:]):
+            search.try_all(traced, micro, choice, changed)
+        if all(c.memory.peak > budget for c in search.found[before:]):
             break
-    fits = sorted((c for c in found if c.memory.peak <= budget), key=_cost)
-    exceeds = sorted((c for c in found if c.memory.peak > budget), key=lambda c: c.memory.peak)
-    return Fit(budget, tuple(fits), tuple(exceeds), tuple(refused))
+    return search.result()
+
+
+@dataclass
+class _Search:
+    """What was planned so far."""
+
+    budget: int
+    cluster: Cluster
+    world: int
+    found: list[Candidate] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    untried: list[str] = field(default_factory=list)
+
+    def result(self) -> Fit:
+        fits = sorted(self._fitting(), key=_cost)
+        exceeds = [c for c in self.found if c.memory.peak > self.budget]
+        exceeds.sort(key=lambda c: c.memory.peak)
+        plans = len(self.found) + len(self.refused)
+        untried = tuple(self.untried)
+        return Fit(self.budget, tuple(fits), tuple(exceeds), tuple(self.refused), untried, plans)
+
+    def try_all(
+        self, traced: Trace, micro: int | None, choice: dict[str, Any], changed: dict[str, Any]
+    ) -> None:
+        """Plan one choice of LEVERS as the config has it, then with the levers of activations."""
+
+        def plan(settings: Settings) -> Candidate | None:
+            given = with_settings(changed, settings)
+            named = choice | dict(shown(settings))
+            try:
+                made = _candidate(traced, micro, named, given, self.cluster, self.world)
+            except (ConfigError, PlanError) as error:
+                self.refused.append(f"{_shown(named)}: {error}")
+                return None
+            self.found.append(made)
+            return made
+
+        def peak_of(settings: Settings) -> int | None:
+            made = plan(settings)
+            return None if made is None else made.memory.peak
+
+        first = plan({})
+        if first is None or first.memory.peak <= self.budget:
+            return
+        free, hosts = self._levers(first.config)
+        why = self._why_not(first) if free or hosts else "the config says what is kept"
+        if why:
+            self.untried.append(f"{_shown(first.choice)}: {why}")
+        else:
+            keep_less(peak_of, first.memory.peak, self.budget, free, hosts)
+
+    def _fitting(self) -> list[Candidate]:
+        return [c for c in self.found if c.memory.peak <= self.budget]
+
+    def _levers(self, config: ZeroConfig) -> tuple[bool, bool]:
+        """Whether the activation budget is open, and copies to the host: a CPU has no other memory."""
+        on_host = config.activation_checkpointing.cpu_checkpointing
+        return is_open(config), self.cluster.device.asynchronous and not on_host
+
+    def _why_not(self, first: Candidate) -> str:
+        """Why keeping less than a candidate does is not worth planning; empty if it is."""
+        if first.floor > self.budget:
+            return f"{size(first.floor)} are left without any activations"
+        best = min(map(_cost, self._fitting()), default=None)
+        if best is not None and best[0] <= _cost(first)[0]:
+            return "with all activations kept it is no faster than what fits"
+        return ""
 
 
 def micro_batches_of(config: ZeroConfig, world: int, asked: int | None) -> list[int | None]:
@@ -146,15 +214,11 @@ def _choices(
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Every combination, as what is shown and as a changed config."""
     base = config if micro is None else with_micro_batch(config, micro)
+    given = base.model_dump(mode="json", exclude_unset=True)
     for values in itertools.product(*(lever.values for lever in levers)):
-        changed = base.model_dump(mode="json", exclude_unset=True)
-        for lever, value in zip(levers, values):
-            *sections, key = lever.key.split(".")
-            inner = changed
-            for section in sections:
-                inner = inner.setdefault(section, {})
-            inner[key] = value
-        yield {lever.name: value for lever, value in zip(levers, values)}, changed
+        settings = {lever.key: value for lever, value in zip(levers, values)}
+        choice = {lever.name: value for lever, value in zip(levers, values)}
+        yield choice, with_settings(given, settings)
 
 
 def _candidate(
@@ -168,9 +232,19 @@ def _candidate(
     config = load_config(changed)
     batch = config.batch(world)
     plan = plan_of(traced, config)
-    shown = choice | {"micro-batch": batch.micro_batch_size, "accumulation": batch.accumulation}
-    seconds = _step(plan.timeline(cluster), batch.accumulation)
-    return Candidate(shown, config, plan.memory, seconds, batch.train_batch_size, micro)
+    named = choice | {"micro-batch": batch.micro_batch_size, "accumulation": batch.accumulation}
+    timeline = plan.timeline(cluster)
+    seconds = _step(timeline, batch.accumulation)
+    repeating = batch.accumulation * _repeating(plan, timeline)
+    waited = timeline.waited * seconds / (timeline.seconds or 1.0)
+    rows = batch.train_batch_size
+    return Candidate(named, config, plan.memory, seconds, repeating, waited, rows, micro)
+
+
+def _repeating(plan: Plan, timeline: Timeline) -> float:
+    """Seconds of a backward that compute values of the forward again."""
+    nodes = plan.graph.nodes()
+    return sum(span.seconds for span in timeline.spans if is_recomputed(nodes[span.node]))
 
 
 def _step(timeline: Timeline, accumulation: int) -> float:
@@ -188,4 +262,4 @@ def _held(held: Held) -> str:
 
 
 def _shown(choice: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in choice.items())
+    return ", ".join(f"{name} {value}" for name, value in choice.items() if value is not None)

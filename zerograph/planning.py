@@ -38,7 +38,7 @@ from zerograph.passes import (
 from zerograph.passes.reduce import Average
 from zerograph.plan import Plan
 from zerograph.precision import precision_of
-from zerograph.recompute import Budget
+from zerograph.recompute import Auto, Budget
 from zerograph.trace import Trace, trace
 
 
@@ -164,7 +164,7 @@ def passes_for(
     early = [UpdateInBackward()] if config.compile.update_in_backward else []
     return [
         Normalize(recast=zero.stage == 3),
-        Checkpoint(activations.number_checkpoints or 0, _budget_of(config)),
+        Checkpoint(_number_of(config), _budget_of(config)),
         Specialize(arriving),
         *moved,
         Scale(),
@@ -192,6 +192,17 @@ def passes_for(
             across=across,
         ),
     ]
+
+
+def _number_of(config: ZeroConfig) -> int | Auto:
+    """The regions of a model that marks none; a fraction as budget says what more than those is kept."""
+    number, budget = (
+        config.activation_checkpointing.number_checkpoints,
+        config.compile.activation_budget,
+    )
+    if number != "auto":
+        return number or 0
+    return Auto(None if budget is None or budget <= 1 else int(budget))
 
 
 def _budget_of(config: ZeroConfig) -> Budget | None:

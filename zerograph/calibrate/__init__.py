@@ -4,7 +4,8 @@
 
 It measures CPU ranks over gloo, all at once, so that they share what ranks share in training:
 
-    operators.py   rates of matrix products by dtype, what starting an operator and making a view take
+    operators.py   rates of matrix products by dtype and of copies to the host, what starting an operator and
+                   making a view take
     reference.py   a real step of a small transformer, recorded node by node: FLOPs and bytes per second
     links.py       collectives by kind and size, and how much they and compute slow each other
     timing.py      rounds in step with the other ranks

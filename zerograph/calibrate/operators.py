@@ -1,10 +1,12 @@
-"""What a rank computes in a second: matrix products by dtype, memory, and the start of an operator."""
+"""What a rank computes in a second: products by dtype, memory, copies to the host, starting an operator."""
 
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
 
+from zerograph import transfers
 from zerograph.calibrate.reference import step_rates
 from zerograph.calibrate.timing import timed
 from zerograph.cost import Device
@@ -13,6 +15,8 @@ from zerograph.precision import short
 SIZES = (128, 256, 512)
 SLOW_SIZES = (64, 128)
 """Of products in dtypes that many CPUs have no instructions for."""
+COPIES = (1 << 22, 1 << 24, 1 << 25)
+"""Bytes of the values that are copied to the host and back."""
 DTYPES = {
     torch.float32: SIZES,
     torch.float64: SIZES,
@@ -40,8 +44,23 @@ def device_of(memory: int) -> Device:
         cache_bandwidth=step.cached,
         launch=launch,
         view=view,
+        host_bandwidth=_copied(),
         asynchronous=False,
     )
+
+
+def _copied() -> float:
+    """Bytes per second of copies to the host and back, as a step makes them; on a CPU into new memory."""
+    rates = []
+    for nbytes in COPIES:
+        value = torch.ones(nbytes // 4)
+        host = transfers.wait(transfers.offload(value))
+        away, back = (
+            partial(transfers.offload, value),
+            partial(transfers.reload, host, value.device),
+        )
+        rates += [nbytes / timed(copy) for copy in (away, back)]
+    return float(median(rates))
 
 
 def _products(dtype: torch.dtype, sizes: tuple[int, ...]) -> float:

@@ -14,6 +14,7 @@ from zerograph.cli.tables import show, table, title
 from zerograph.cost import cluster_of
 from zerograph.errors import PlanError
 from zerograph.fit import Candidate, Fit, fit, micro_batches_of, parse_bytes
+from zerograph.levers import ACTIVATIONS
 from zerograph.planning import plan_of
 from zerograph.units import duration, size
 
@@ -49,9 +50,8 @@ def search(
 def _parts(found: Fit, given: str, cluster: str) -> Iterator[RenderableType]:
     yield title(f"fits in {given}, the fastest on {cluster} first")
     if found.fits:
-        yield _table(
-            found.fits, (">step", ">peak"), lambda c: (duration(c.seconds), size(c.memory.peak))
-        )
+        names = (">step", ">slower by", ">waiting", ">computing again", ">peak")
+        yield _table(found.fits, names, lambda c: _times(c, found.fits[0]))
     else:
         yield Text("  nothing")
     if found.exceeds:
@@ -60,20 +60,35 @@ def _parts(found: Fit, given: str, cluster: str) -> Iterator[RenderableType]:
         yield _table(
             found.exceeds, (">peak", "at the peak"), lambda c: (size(c.memory.peak), c.why())
         )
-    if found.refused:
-        yield Text()
-        yield title("cannot be planned")
-        yield from (Text(f"  {line}") for line in found.refused)
+    notes = {"fewer activations were not tried": found.untried, "cannot be planned": found.refused}
+    for name, lines in notes.items():
+        if lines:
+            yield Text()
+            yield title(name)
+            yield from (Text(f"  {line}") for line in lines)
+    yield Text()
+    yield Text(f"{found.plans} plans; with fewer activations where a stage does not fit otherwise")
 
 
 def _table(candidates: Sequence[Candidate], names: Sequence[str], last: Any) -> RenderableType:
-    choice = list(candidates[0].choice)
+    """The choices, without levers of activations that none of them uses, and what `last` says of each."""
+    used = {name for c in candidates for name, value in c.choice.items() if value is not None}
+    choice = [name for name in candidates[0].choice if name in used or name not in ACTIVATIONS]
     rows = [[*(_shown(c.choice[name]) for name in choice), *last(c)] for c in candidates]
     return table([*(f">{name}" for name in choice), *names], rows)
 
 
+def _times(candidate: Candidate, best: Candidate) -> Sequence[str]:
+    """Seconds of a step, how much more than the best for as many rows, what is lost in them, and the peak."""
+    rows = (candidate.rows or 1) / (best.rows or 1)
+    slower = 100 * (candidate.seconds / (best.seconds * rows) - 1) if best.seconds else 0.0
+    lost = (duration(s) if s else "-" for s in (candidate.waited, candidate.repeating))
+    percent = f"{slower:.1f} %" if candidate is not best else "-"
+    return duration(candidate.seconds), percent, *lost, size(candidate.memory.peak)
+
+
 def _shown(value: Any) -> str:
-    return "-" if value is None else str(value)
+    return "-" if value is None else str(value).lower() if value is True else str(value)
 
 
 def _record(found: Fit) -> dict[str, Any]:
@@ -82,6 +97,8 @@ def _record(found: Fit) -> dict[str, Any]:
             **candidate.choice,
             "peak": candidate.memory.peak,
             "seconds": candidate.seconds,
+            "waiting": candidate.waited,
+            "computing_again": candidate.repeating,
             "at_peak": candidate.alive,
         }
 
@@ -90,4 +107,6 @@ def _record(found: Fit) -> dict[str, Any]:
         "fits": [entry(c) for c in found.fits],
         "exceeds": [entry(c) for c in found.exceeds],
         "refused": list(found.refused),
+        "untried": list(found.untried),
+        "plans": found.plans,
     }

@@ -145,7 +145,12 @@ def _peak(document: Document) -> Iterator[RenderableType]:
     yield Text()
     yield title(f"at the peak, {node.op} in the {node.region}{_of(node.module or node.bucket)}")
     alive = dict(zip(memory.categories, node.alive))
-    yield table(("", ">bytes"), [(name, size(n)) for name, n in alive.items() if n])
+    rows = [(name, size(n)) for name, n in alive.items() if n]
+    if memory.kept_at_peak:
+        rows.append(("of activations, kept for backward", size(memory.kept_at_peak)))
+    if memory.host_at_peak:
+        rows.append(("beside it, on the host", size(memory.host_at_peak)))
+    yield table(("", ">bytes"), rows)
     if memory.at_peak:
         largest = [(h.owner or ROOT, h.category, size(h.bytes)) for h in memory.at_peak[:5]]
         yield Text()

@@ -4,10 +4,18 @@ Strict means that JSON types are taken at their word: no numeric strings, no 0 f
 kindness is that a whole float is an int, because DeepSpeed's own examples write `5e8`.
 """
 
+import json
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    model_validator,
+)
 
 
 def whole(value: object) -> object:
@@ -22,6 +30,16 @@ def solved(value: object) -> object:
     return None if value == "auto" else whole(value)
 
 
+def count_or_auto(value: object) -> object:
+    """Read a whole number of at least 0, or the word "auto", which stays."""
+    number = whole(value)
+    if value == "auto" or (type(number) is int and number >= 0):
+        return number
+    raise ValueError(
+        f'must be a whole number of at least 0 or "auto", got {json.dumps(value, default=str)}'
+    )
+
+
 def lower(value: object) -> object:
     """Read a word in any case."""
     return value.lower() if isinstance(value, str) else value
@@ -34,6 +52,7 @@ def upper(value: object) -> object:
 
 Integer = Annotated[int, BeforeValidator(whole)]
 Count = Annotated[int, BeforeValidator(whole), Field(ge=0)]
+CountOrAuto = Annotated[int | Literal["auto"], PlainValidator(count_or_auto)]
 Positive = Annotated[int, BeforeValidator(whole), Field(gt=0)]
 BatchSize = Annotated[
     Annotated[int, Field(gt=0)] | None,

@@ -97,11 +97,6 @@ def _conflicts(config: ZeroConfig) -> list[str]:
             "activation_checkpointing.contiguous_memory_optimization needs number_checkpoints, the number "
             "of checkpoints that the memory is for; give it, or leave contiguous_memory_optimization out"
         )
-    if config.compile.activation_budget is not None and activations.number_checkpoints:
-        found.append(
-            "compile.activation_budget and activation_checkpointing.number_checkpoints both say what the "
-            "forward keeps; keep one"
-        )
     return found + _against_updates(config) + groups(config.zero_optimization)
 
 

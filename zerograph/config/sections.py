@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 
 from zerograph.config.base import (
     Count,
+    CountOrAuto,
     Free,
     Names,
     NotNegative,
@@ -79,7 +80,7 @@ class ActivationCheckpointing(Section):
     """What is kept of the forward for the backward, and where."""
 
     partition_activations: bool = False
-    number_checkpoints: Count | None = None
+    number_checkpoints: CountOrAuto | None = None
     contiguous_memory_optimization: bool = False
     cpu_checkpointing: bool = False
     synchronize_checkpoint_boundary: bool = False

@@ -144,6 +144,18 @@ class Memory:
         return max(self.series, key=lambda m: m.total, default=None)
 
     @cached_property
+    def kept_at_peak(self) -> int:
+        """Of the activations alive at the peak: what the forward keeps for the backward."""
+        now = 0 if self.peak_moment is None else self.peak_moment.node
+        kept = (s for s in self.stored if s.saved and s.category == "activations")
+        return sum(s.nbytes for s in kept if s.birth <= now <= s.death)
+
+    @property
+    def host_at_peak(self) -> int:
+        """Bytes on the host while the device's peak is reached; no part of it."""
+        return 0 if self.peak_moment is None else self.on_host[self.peak_moment.node]
+
+    @cached_property
     def at_peak(self) -> tuple[Held, ...]:
         """What is alive at the peak, the largest first; its bytes add up to the peak.
 

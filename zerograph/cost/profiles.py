@@ -12,7 +12,7 @@ bandwidth; collectives reach 0.8 of a link within a node and 0.9 of one between 
 host 0.8 of its link; a host starts an operator in 5 us and makes a view in 2 us, a kernel takes 2 us beside
 its work. Latencies are NCCL's own for its LL128 protocol (src/graph/tuning.cc: 1.9 us a message over NVLink,
 4 us over the network, 14 us to start); RCCL's are taken to be the same. `zerograph.calibrate` measures
-instead, other than the link to the host.
+instead.
 """
 
 import os
@@ -97,6 +97,7 @@ _CPU = Device(
     memory=16 * GIGA,
     flops={"f32": 5e10, "f64": 2.5e10, "bf16": 5e9, "f16": 2e9},
     bandwidth=8e9,
+    host_bandwidth=4e9,
     launch=5e-6,
     view=2e-6,
     asynchronous=False,

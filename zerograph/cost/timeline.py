@@ -149,7 +149,9 @@ class _Rank:
 
     def _compute(self, index: int, node: fx.Node) -> None:
         device, work = self.cluster.device, work_of(node)
-        if work.flops or work.nbytes:
+        if is_call(node, *ops.COPIES):
+            self._busy(index, node, device.launch, nbytes(node) / device.host_bandwidth)
+        elif work.flops or work.nbytes:
             took = device.seconds(work.flops, work.nbytes, short(work.dtype))
             self._busy(index, node, device.launch, took)
         elif is_view(node):

@@ -25,12 +25,12 @@ from torch import fx
 
 from zerograph import compat, ops
 from zerograph.boundaries import (
-    clear_marks,
     insert_boundaries,
     insert_boundary,
     leaves,
     mark_blocks,
     mark_forward,
+    marked,
 )
 from zerograph.ir import TrainGraph
 from zerograph.nodes import checkpoint_of, is_call, is_view, region_of, role_of
@@ -39,14 +39,16 @@ from zerograph.repeats import Repeats, can_repeat
 
 Choose = Callable[[TrainGraph], Collection[fx.Node]]
 """The nodes of the forward whose values are kept."""
+Count = Callable[[TrainGraph], int]
+"""A number of regions."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    number: int = 0
+    number: int | Count = 0
     """Regions over the repeated blocks of a model that marks none itself."""
     choose: Choose | None = None
-    """What is kept in the place of boundaries; the whole forward is then one region, "budget"."""
+    """What is kept within regions. Where there are none the whole forward is one, "budget"."""
 
     name: ClassVar[str] = "checkpoint"
     requires: ClassVar[frozenset[str]] = frozenset({"normal"})
@@ -57,27 +59,27 @@ class Checkpoint:
             return "there is no backward"
         said = self._mark(graph)
         chosen = set(self.choose(graph)) if self.choose else set()
+        whole = self.choose is not None and not marked(graph)
+        if whole:
+            mark_forward(graph, "budget")
         insert_boundaries(graph)
         inside = [n for n in graph.nodes("forward") if checkpoint_of(n)]
-        kept = _kept(graph, inside) | chosen
+        least = _kept(graph, inside)
+        kept = least | chosen.intersection(inside)
         again = {n for n in inside if n not in kept and not is_call(n, ops.checkpoint)}
         count = Repeats(graph, again).make()
         keep_old_buffers(graph)
-        for node in sorted(chosen):
+        for node in sorted(chosen if whole else kept - least):
             _show(graph, node)
         regions = len({checkpoint_of(node) for node in inside})
         return f"{regions} regions{said}, {count} nodes recomputed"
 
     def _mark(self, graph: TrainGraph) -> str:
         """Mark the regions; answers what to say of those that the model marks itself."""
-        own = any(checkpoint_of(node) for node in graph.nodes("forward"))
-        if self.choose:
-            clear_marks(graph)
-            mark_forward(graph, "budget")
-            return " in the place of the model's own" if own else ""
+        own = bool(marked(graph))
         if self.number and not own:
-            mark_blocks(graph, self.number)
-        return ", which the model marks itself" if own and self.number else ""
+            mark_blocks(graph, self.number if isinstance(self.number, int) else self.number(graph))
+        return ", which the model marks itself" if own and (self.number or self.choose) else ""
 
 
 def _kept(graph: TrainGraph, inside: list[fx.Node]) -> set[fx.Node]:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import fx
 
 from zerograph import collectives, ops
@@ -30,6 +31,8 @@ from zerograph.cost import collective_bytes, name_of
 from zerograph.ir import TrainGraph
 from zerograph.nodes import Region, Role, axis_of, bucket_of, is_ahead, is_call, role_of
 from zerograph.passes.lowerings import HANDLERS, called, channel_of
+
+aten = torch.ops.aten
 
 _AHEAD = (ops.gather_ahead, ops.refresh, ops.refreshed)
 _KEPT = ("buffer", "constant", "input", "size")
@@ -176,7 +179,11 @@ class Builder:
         handler = HANDLERS.get(node.target) if ops.is_zero(node.target) else None
         if handler is None:
             assert not ops.is_zero(node.target), f"no lowering for {node.target}"
-            self.values[node] = self.out.node_copy(node, self._value)
+            made = self.out.node_copy(node, self._value)
+            if _is_roomy(node):
+                made = self.call(aten.clone.default, made)
+                made.meta["val"] = node.meta["val"]
+            self.values[node] = made
             return
         result = handler(self, node)
         if result is not None:
@@ -215,6 +222,20 @@ class Builder:
     def collective(self, target: Callable[..., Any], alone: fx.Node, *args: Any) -> fx.Node:
         """`target(*args)`, or `alone` when there is nobody to talk to."""
         return alone if self.graph.world == 1 else self.call(target, *args)
+
+
+_ROOMY = (
+    aten.mse_loss.default,
+    aten.smooth_l1_loss.default,
+    aten.binary_cross_entropy.default,
+    aten.soft_margin_loss.default,
+)
+"""Losses whose mean torch leaves in the storage of the losses of all elements, while someone holds it."""
+
+
+def _is_roomy(node: fx.Node) -> bool:
+    """Whether a node's result is one number in a large storage; a copy of it lets that go."""
+    return is_call(node, *_ROOMY) and node.meta["val"].dim() == 0
 
 
 _STARTS = ("gather", "reduce_scatter", "all_reduce", "begin", "refresh")

@@ -182,7 +182,7 @@ class Chooser:
         """What needs the fewest bytes, in words."""
         nodes = self.reading.always
         names = ", ".join(node.name for node in nodes[:3])
-        return f"what must not be computed again ({names}{', ..' * (len(nodes) > 3)})"
+        return f"what must be kept ({names}{', ..' * (len(nodes) > 3)})"
 
 
 def choose(graph: TrainGraph, budget: int, pinned: Collection[fx.Node] = ()) -> Choice:

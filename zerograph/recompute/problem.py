@@ -106,7 +106,7 @@ class Reading:
 
         Unless `results_held`, results of the forward are values like others, with their bytes.
         """
-        return _Reader(graph, pinned, results_held).read()
+        return Reader(graph, pinned, results_held).read()
 
     def values_of(self, nodes: Collection[fx.Node]) -> set[int]:
         """The values that keeping `nodes` keeps; those that are kept anyhow are left out."""
@@ -123,8 +123,12 @@ def key_of(node: fx.Node) -> tuple[fx.Node, Any]:
     return node, None
 
 
-class _Reader:
-    def __init__(self, graph: TrainGraph, pinned: Collection[fx.Node], held: bool) -> None:
+class Reader:
+    """What the operators of a graph's forward make and read."""
+
+    def __init__(
+        self, graph: TrainGraph, pinned: Collection[fx.Node] = (), held: bool = True
+    ) -> None:
         self.graph = graph
         self.pinned = {key_of(node) for node in pinned}
         self.forward = {n for n in graph.nodes("forward") if n.op != "get_attr"}
@@ -136,7 +140,7 @@ class _Reader:
     def read(self) -> Reading:
         """Operators that the backward may need again, from the last to the first, then the tables."""
         needed, always, calls = set(self.read_keys), set[tuple[fx.Node, Any]](), []
-        makes = self._results()
+        makes = self.results_by_call()
         for call in reversed(makes):
             made = [key for key in makes.get(call, ()) if key in needed]
             if not made:
@@ -146,7 +150,7 @@ class _Reader:
             always.update(self.results.union(self.pinned, fixed).intersection(made))
             if any(key not in always for key in made):
                 calls.append(call)
-                needed.update(() if once else self._reads(call))
+                needed.update(() if once else self.reads(call))
         return self._tables(calls[::-1], makes, needed, always)
 
     def _tables(
@@ -164,7 +168,7 @@ class _Reader:
         weight = _weight(sum(each.flops for each in work))
         ops = []
         for call, done in zip(calls, work):
-            reads = tuple(sorted({index[k] for k in self._reads(call) if k in index}))
+            reads = tuple(sorted({index[k] for k in self.reads(call) if k in index}))
             made = tuple(index[k] for k in makes[call] if k in index)
             cost = None if self._is_once(call) else weight * done.flops + done.nbytes
             ops.append(Op(reads, made, cost))
@@ -194,7 +198,7 @@ class _Reader:
                 found.setdefault(key_of(node), node)
         return found
 
-    def _results(self) -> dict[fx.Node, list[tuple[fx.Node, Any]]]:
+    def results_by_call(self) -> dict[fx.Node, list[tuple[fx.Node, Any]]]:
         """The tensors that each operator of the forward makes, in order."""
         found: dict[fx.Node, list[tuple[fx.Node, Any]]] = {}
         for key, node in self._nodes().items():
@@ -203,7 +207,7 @@ class _Reader:
         order = {node: index for index, node in enumerate(self.graph.nodes("forward"))}
         return {call: found[call] for call in sorted(found, key=lambda call: order[call])}
 
-    def _reads(self, call: fx.Node) -> Iterator[tuple[fx.Node, Any]]:
+    def reads(self, call: fx.Node) -> Iterator[tuple[fx.Node, Any]]:
         sources = call.all_input_nodes
         if is_dropped_out(call):
             dropout = sources[0]
@@ -215,7 +219,7 @@ class _Reader:
     def _work(self, call: fx.Node) -> Work:
         if not is_dropped_out(call):
             return work_of(call)
-        nbytes = sum(map(nbytes_of, self._reads(call)))
+        nbytes = sum(map(nbytes_of, self.reads(call)))
         return Work(0, nbytes + 3 * nbytes_of(key_of(call)), call.meta["val"].dtype)
 
     def _is_once(self, call: fx.Node) -> bool:

@@ -29,6 +29,7 @@ def facts(document: Document, recording: Recorded | None) -> list[tuple[str, str
         ("ranks", f"{document.world:,}"),
         ("parameters", count(sum(b.numel for b in document.buckets))),
         ("peak memory", size(document.memory.peak)),
+        *([("on the host", size(document.memory.host))] if document.memory.host else []),
         ("communication", size(sum(t.nbytes for t in document.traffic.values()))),
         ("step, predicted", duration(document.time.step)),
     ]

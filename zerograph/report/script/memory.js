@@ -139,6 +139,8 @@ function heldTable() {
   const m = data.memory;
   const body = ["parameters", "gradients", "optimizer", "buffers"].map((c) => [chip(c, `m-${c}`), bytes(m[c])]);
   body.push(["gathered at most", bytes(m.gathered)], ["saved for the backward", bytes(m.saved)], ["padding, in the above", bytes(m.padding)]);
+  if (m.kept_at_peak) body.push(["kept for the backward, at the peak", bytes(m.kept_at_peak)]);
+  if (m.host) body.push(["on the host at most", bytes(m.host)], ["on the host, at the peak", bytes(m.host_at_peak)]);
   return table(["", "bytes"], body, [1]);
 }
 

@@ -68,13 +68,18 @@ _REST = (
     *refused(
         under(
             "activation_checkpointing",
-            "partition_activations contiguous_memory_optimization",
+            "contiguous_memory_optimization",
         ),
         "checkpoints are kept whole, each in a storage of its own",
         OFF,
         False,
     ),
-    *built(under("activation_checkpointing", "number_checkpoints cpu_checkpointing")),
+    *built(
+        under(
+            "activation_checkpointing",
+            "number_checkpoints cpu_checkpointing partition_activations",
+        )
+    ),
     *advises(
         "activation_checkpointing.synchronize_checkpoint_boundary",
         "regions are parts of one graph, and no call at a boundary can wait for the device",

@@ -54,9 +54,9 @@ def folded_names(names: Names) -> Names:
 
 
 def _folded(node: fx.Node, name: str) -> str:
-    """A name in a skeleton; a copy to the host or back is named after a value, which has no number there."""
+    """A name in a skeleton; what is kept elsewhere is named after a value, which has no number there."""
     start = node.args[0] if is_call(node, ops.wait) else node
-    if is_call(cast(fx.Node, start), *ops.COPIES):
+    if is_call(cast(fx.Node, start), *ops.COPIES, ops.partition_activation, ops.gather_activation):
         return f"%_.{name.rpartition('.')[2]}"
     return name if is_kept(node) else "%_"
 
@@ -74,6 +74,10 @@ def _zero_name(node: fx.Node, names: Names) -> str:
         return f"{names[cast(fx.Node, first)]}.host"
     if is_call(node, ops.reload):
         return f"{names[cast(fx.Node, first)].removesuffix('.host')}.back"
+    if is_call(node, ops.partition_activation):
+        return f"{names[cast(fx.Node, first)]}.share"
+    if is_call(node, ops.gather_activation):
+        return f"{names[cast(fx.Node, first)].partition('.share')[0]}.whole"
     if is_call(node, ops.param):
         return f"%{node.args[1]}"
     if is_call(node, ops.finish):

@@ -5,11 +5,13 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import cast
 
+import torch
 from torch import fx
 
 from zerograph import ops
 from zerograph.ir import TrainGraph
-from zerograph.nodes import Region, is_call
+from zerograph.mesh import MODEL
+from zerograph.nodes import Region, axis_of, is_call
 from zerograph.passes.update_in_backward import reads
 from zerograph.verify.common import bucket_of, say, source_of
 
@@ -109,15 +111,53 @@ def _derives(value: object, sources: set[fx.Node], not_through: set[fx.Node]) ->
 
 
 def norm_covers_all(graph: TrainGraph) -> Iterator[str]:
+    """All gradients that are applied are in the norm's partials, before an update overwrites them."""
     updates = [n for n in graph.nodes(_where(graph)) if is_call(n, ops.update)]
+    partials = [n for n in graph.nodes("step") if is_call(n, ops.norm_partials, ops.sum_squares)]
+    covered: Counter[fx.Node] = Counter()
+    for node in partials:
+        found = cast(list[fx.Node], node.args[0])
+        readers = {n.args[0] if is_call(n, ops.squares) else n: n for n in found}
+        covered.update(cast(fx.Node, each) for each in readers)
+        for update in updates:  # which may overwrite its gradient
+            reader = readers.get(update.args[1], node)
+            if update < (reader if is_call(reader, ops.squares) else node):
+                yield f"{say(update)} stands before {node.name}"
+    if partials and covered != Counter(cast(fx.Node, n.args[1]) for n in updates):
+        names = ", ".join(node.name for node in partials)
+        yield f"{names} does not cover the gradients that are applied"
+
+
+def norm_counts_each_once(graph: TrainGraph) -> Iterator[str]:
+    """With model-parallel ranks: parts count on each of them, what all have on the first."""
+    if graph.mesh.model == 1:
+        return
+    buckets = {n.args[1]: str(bucket_of(n)) for n in graph.nodes("step") if is_call(n, ops.update)}
     for node in graph.nodes("step"):
-        if is_call(node, ops.norm_partials, ops.sum_squares):
-            found = cast(list[fx.Node], node.args[0])
-            readers = {n.args[0] if is_call(n, ops.squares) else n: n for n in found}
-            grads = [n.args[0] if is_call(n, ops.squares) else n for n in found]
-            if Counter(grads) != Counter(n.args[1] for n in updates):
-                yield f"{node.name} does not cover the gradients that are applied"
-            for update in updates:  # which may overwrite its gradient
-                reader = readers.get(update.args[1], node)
-                if update < (reader if is_call(reader, ops.squares) else node):
-                    yield f"{say(update)} stands before {node.name}"
+        if not is_call(node, ops.norm_partials):
+            continue
+        grads = cast(list[fx.Node], node.args[0])
+        parallel = {graph.layout.parallel(buckets[g]) for g in grads if g in buckets}
+        if len(parallel) > 1:
+            yield f"{node.name} sums parts of parameters and whole ones"
+        gather, counted = _over_model(node)
+        first = counted is not None and is_call(counted, torch.ops.aten.slice.Tensor)
+        if gather is None:
+            yield f"{node.name} is not gathered over model-parallel ranks"
+        elif parallel == {first}:
+            yield (
+                f"{node.name} counts {'one rank' if first else 'all ranks'} along {MODEL}, not "
+                + ("all" if first else "one")
+            )
+        elif first and cast(fx.Node, counted).args[1:] != (0, 0, len(gather.args[0].meta["val"])):  # type: ignore[union-attr]
+            yield f"{cast(fx.Node, counted).name} takes other partials than the first rank's"
+
+
+def _over_model(partials: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+    """The gather over model-parallel ranks of some partials, and who reads what it gave."""
+    node: fx.Node | None = partials
+    gather = None
+    while node is not None and (node is partials or is_call(node, ops.gather_partials, ops.wait)):
+        gather = node if is_call(node, ops.gather_partials) and axis_of(node) == MODEL else gather
+        node = next(iter(node.users), None)
+    return gather, node

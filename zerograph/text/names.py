@@ -6,6 +6,7 @@ from torch import fx
 
 from zerograph import ops
 from zerograph.ir import TrainGraph
+from zerograph.mesh import MODEL
 from zerograph.nodes import axis_of, bucket_of, is_call, role_of
 from zerograph.sizes import Sizes
 
@@ -85,7 +86,7 @@ def _zero_name(node: fx.Node, names: Names) -> str:
     if is_call(node, ops.norm_partials, ops.sum_squares):
         return "%partial"
     if is_call(node, ops.gather_partials):
-        return "%partials"
+        return "%partials.mp" if axis_of(node) == MODEL else "%partials"
     if is_call(node, ops.gather_norms):
         return "%norms"
     if is_call(node, ops.any_rank):

@@ -60,18 +60,11 @@ def refusals(config: Section) -> list[str]:
 
 def require_fits(config: "ZeroConfig", model_parallel: int) -> None:
     """Raise ConfigError for what is not built beside a model-parallel group of more than one rank."""
-    if model_parallel == 1:
-        return
-    lamb = config.optimizer is not None and config.optimizer.type.lower() == "lamb"
-    reasons = {
-        "compile.update_in_backward: the norm over model-parallel ranks is made of whole gradients; leave it "
-        "out": config.compile.update_in_backward,
-        "optimizer.type='Lamb': norms of parameters that are cut over model-parallel ranks are not built; "
-        "use AdamW": lamb,
-    }
-    for why, found in reasons.items():
-        if found:
-            raise ConfigError(f"{why}, or give no model-parallel group (here of {model_parallel})")
+    if model_parallel > 1 and config.compile.update_in_backward:
+        raise ConfigError(
+            "compile.update_in_backward: the norm over model-parallel ranks is made of whole gradients; "
+            f"leave it out, or give no model-parallel group (here of {model_parallel})"
+        )
 
 
 def advisory(config: "ZeroConfig", model_parallel: int = 1) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from zerograph.config import load_config
 from zerograph.errors import ConfigError, PlanError, ZerographError
 from zerograph.layout import layout_of
 from zerograph.mesh import MODEL
-from zerograph.nodes import is_call
+from zerograph.nodes import REGIONS, is_call
 from zerograph.plan import Plan
 from zerograph.planning import plan_of
 from zerograph.precision import precision_of
@@ -96,6 +96,17 @@ def test_a_gather_starts_one_region_ahead() -> None:
     assert all(gather.next is not wait for gather, wait in zip(gathers, whole))
     late = planned(zero_optimization={"stage": 0, "overlap_comm": False})
     assert all(is_call(gather.next, ops.wait) for gather in calls(late, ops.gather_activation))
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_one_data_parallel_rank_has_the_model_s_group_alone(stage: int) -> None:
+    """Nothing is gathered over data-parallel ranks, and shares and the norm over the others."""
+    inputs, model = tiny.batch(ROWS, parallel.WIDTH), parallel.Parallel(DEPTH, PARTS, "mp")
+    given = config(stage)
+    plan = zerograph.plan(model, given, example_inputs=inputs, world_size=2, model_parallel=2)
+    gathers = [plan.program(region).module.code.count("all_gather") for region in REGIONS]
+    assert gathers == [0, KEPT, 2]
+    assert plan.memory.saved == planned(stage).memory.saved
 
 
 class Split(parallel.Layer):
@@ -243,8 +254,7 @@ def on_four(rank: int, world: int) -> dict[str, Any]:
     checkpointing.configure(mpu)
     forms = {"stage 0": trained(model(), config(0))}
     checkpointing.configure()
-    forms["stage 3"] = trained(model(), config(3), mesh=mesh)
-    forms["on the host"] = trained(model(), config(3, cpu_checkpointing=True), mpu=mpu)
+    forms["on the host"] = trained(model(), config(3, cpu_checkpointing=True), mesh=mesh)
     expected = dense(world // PARTS)
     gaps = [apart(a, b, index) for a, b in zip(whole[2], expected[2], strict=True)]
     norms = [abs(a - b) / b for a, b in zip(whole[1], expected[1], strict=True)]
@@ -310,7 +320,7 @@ def reports() -> list[dict[str, Any]]:
 
 
 def test_no_bit_changes_and_kept_bytes_halve() -> None:
-    """Losses, norms, gradients and parameters; as much is held as planned."""
+    """Losses, norms, gradients and parameters, at stage 0, and at stage 3 with shares on the host."""
     for report in reports():
         for name, found in report["forms"].items():
             assert found["differing"] == [], name

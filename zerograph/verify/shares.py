@@ -11,7 +11,7 @@ from zerograph import ops
 from zerograph.alike import every, own_values
 from zerograph.ir import TrainGraph
 from zerograph.mesh import MODEL
-from zerograph.nodes import axis_of, is_call, region_of, view_root
+from zerograph.nodes import axis_of, is_call, is_view, region_of, view_root
 from zerograph.passes.release import aliases
 from zerograph.verify.common import say
 
@@ -73,7 +73,7 @@ def gathered_once(graph: TrainGraph) -> Iterator[str]:
         if len(gathers) > 1:
             yield f"the share of {_source(share).name} is gathered {len(gathers)} times, not once"
         for user in readers:
-            if user not in gathers and not is_call(user, *ops.COPIES, ops.wait):
+            if user not in gathers and not is_call(user, *ops.COPIES) and not is_view(user):
                 yield f"{user.name} reads the share of {_source(share).name}"
         for gather in gathers:
             yield from _whole(share, gather)
@@ -91,16 +91,16 @@ def _whole(share: fx.Node, gather: fx.Node) -> Iterator[str]:
 
 
 def _forms(share: fx.Node) -> Iterator[fx.Node]:
-    """A share, its copies to the host and back, and what these are once they are waited for."""
+    """A share, its views, its copies to the host and back, and what these are once they are waited for."""
     yield share
     for user in share.users:
-        if is_call(user, *ops.COPIES) or (is_call(user, ops.wait) and is_call(share, *ops.COPIES)):
+        if is_call(user, *ops.COPIES) or is_view(user):
             yield from _forms(user)
 
 
 def _share_of(gather: fx.Node) -> fx.Node | None:
     node = _source(gather)
-    while is_call(node, *ops.COPIES, ops.wait):
+    while is_call(node, *ops.COPIES) or is_view(node):
         node = _source(node)
     return node if is_call(node, ops.partition_activation) else None
 

@@ -122,11 +122,8 @@ class World:
         flat = value.as_strided((value.numel(),), (1,))
         length = -(-value.numel() // self.model.size)
         own = flat[length * self.model.rank : length * (self.model.rank + 1)]
-        return (
-            torch.nn.functional.pad(own, (0, length - len(own)))
-            if len(own) < length
-            else own.clone()
-        )
+        padding = length - len(own)
+        return torch.nn.functional.pad(own, (0, padding)) if padding else own.clone()
 
     def all_gather(self, shard: torch.Tensor) -> torch.Tensor:
         """The shards [n] of all ranks that hold a bucket together, in their order [n * slices]."""

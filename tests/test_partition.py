@@ -16,6 +16,7 @@ from tests import parallel, tiny
 from tests.oracle import config_for
 from tests.ranks import run_ranks
 from tests.storages import Storages, held_by
+from tests.traces import captured_once
 from zerograph import checkpointing, ops
 from zerograph.compat import hint
 from zerograph.config import load_config
@@ -242,6 +243,7 @@ def error_of(make: Any) -> str:
     return "none"
 
 
+@captured_once()
 def on_four(rank: int, world: int) -> dict[str, Any]:
     mpu = parallel.Mpu(rank, world, PARTS)
     mesh = init_device_mesh("cpu", (world // PARTS, PARTS), mesh_dim_names=("dp", "mp"))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests import tiny
+from tests import parallel, tiny
 from tests.keys import all_leaves
 from zerograph.changes import changes, unified
 from zerograph.config import load_config
@@ -34,9 +34,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "blocks": tiny.Blocks,
     "tied": tiny.Tied,
     "tall": tiny.Blocks,
+    "parallel": functools.partial(parallel.Parallel, 2, 2, "mp"),
 }
-ROWS = {"tall": 128}
+ROWS = {"tall": 128, "parallel": 64}
 """Of the batch; of other models it has 4."""
+PARTS = {"parallel": 2}
+"""The model-parallel ranks of models that are cut."""
 
 Config = Mapping[str, Any]
 
@@ -78,8 +81,9 @@ def trace_of(model: str, precision: Precision) -> Trace:
     """A config decides a trace through its precision alone, so plans share them."""
     torch.manual_seed(0)
     made = MODELS[model]()
-    layout, device = layout_of(made, WORLD, precision), torch.device("cpu")
-    inputs = tiny.batch(ROWS.get(model, 4))
+    layout = layout_of(made, WORLD, precision, model_parallel=PARTS.get(model, 1))
+    inputs = tiny.batch(ROWS.get(model, 4), parallel.WIDTH if model in PARTS else tiny.WIDTH)
+    device = torch.device("cpu")
     return trace(made, (), inputs, layout=layout, precision=precision, device=device)
 
 
@@ -355,6 +359,16 @@ KNOBS = (
         base(activation_checkpointing={"number_checkpoints": 2}),
         base(activation_checkpointing={"number_checkpoints": 2, "cpu_checkpointing": True}),
         model="tall",
+    ),
+    Knob(
+        "activation_checkpointing.partition_activations",
+        "With model-parallel ranks, here two for each of eight: each keeps its share of what enters a "
+        "region, and gathers the whole one region ahead of its use in the backward. What the model's own "
+        "all-reduce gave is alike on these ranks. Parameters that are parts have buckets of their own, and "
+        "the norm counts the others once.",
+        base(activation_checkpointing={"number_checkpoints": 2}),
+        base(activation_checkpointing={"number_checkpoints": 2, "partition_activations": True}),
+        model="parallel",
     ),
     Knob(
         "compile.activation_budget",

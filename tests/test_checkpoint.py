@@ -705,14 +705,6 @@ def test_configure_acts_on_engines_compiled_later() -> None:
 @pytest.mark.parametrize(
     "given, says",
     [
-        (
-            {"mpu_": object()},
-            r"checkpointing.configure\(mpu_\): the only mesh axis is data parallel",
-        ),
-        (
-            {"partition_activations": True},
-            "activation_checkpointing.partition_activations=true: not",
-        ),
         ({"contiguous_checkpointing": True}, "needs number_checkpoints"),
         (
             {"num_checkpoints": -1},

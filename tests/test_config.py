@@ -155,7 +155,6 @@ def test_advising_rows_say_what_happens(path: str) -> None:
         ("zero_optimization.zero_quantized_gradients", True),
         ("zero_optimization.mics_hierarchical_params_gather", True),
         ("zero_optimization.zenflow", {"topk_ratio": 0.1}),
-        ("activation_checkpointing.partition_activations", True),
         ("bf16.bf16_master_weights_and_grads", True),
         ("fp16.fp16_master_weights_and_grads", True),
         ("sparse_gradients", True),

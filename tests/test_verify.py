@@ -87,7 +87,7 @@ def good(
         given = tiny.config(stage, **batch, **tiny.GIVEN.get(model, {}))
         given["zero_optimization"] |= GROUPS[groups]
         config = load_config(given)
-        graph.layout = graph.layout.over(config.mesh(WORLD))
+        graph.layout = graph.layout.over(config.mesh(WORLD, graph.mesh.model))
         spec = optimizer_of(config, graph.layout)
         passes = passes_for(config, graph, default_arriving(graph), spec)
         names = [each.name for each in passes]
@@ -1245,6 +1245,133 @@ def reload_of_what_stayed(graph: TrainGraph) -> None:
     set_arg(start, 0, kept)
 
 
+# What model-parallel ranks share
+
+
+def source(node: fx.Node) -> fx.Node:
+    return node.args[0]
+
+
+def shared(graph: TrainGraph) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """(a share, its gather, the view of what is gathered)."""
+    share = find(graph, ops.partition_activation)
+    gather = next(user for user in share.users if is_call(user, ops.gather_activation))
+    return share, gather, next(iter(wait_of(gather).users))
+
+
+@fault(0, "is shared 2 times, not once", model="shared")
+def shared_twice(graph: TrainGraph) -> None:
+    repeat(graph, shared(graph)[0])
+
+
+@fault(0, "is shared, and saved whole as well", model="shared")
+def shared_and_saved(graph: TrainGraph) -> None:
+    save(graph, shared(graph)[0].args[0])
+
+
+@fault(0, "the share of .* is saved 2 times, not once", model="shared")
+def share_saved_twice(graph: TrainGraph) -> None:
+    save(graph, shared(graph)[0])
+
+
+@fault(0, "the partition_activation of .* is for 4 ranks over mp, not 2", model="shared")
+def shared_among_others(graph: TrainGraph) -> None:
+    set_arg(shared(graph)[0], 1, 4)
+
+
+@fault(0, "the gather_activation of .* is for 2 ranks over dp, not 2 over mp", model="shared")
+def gathered_along_another_axis(graph: TrainGraph) -> None:
+    shared(graph)[1].kwargs = {}
+
+
+@fault(0, "mm.* is shared, and differs between model-parallel ranks", model="shared")
+def a_part_is_shared(graph: TrainGraph) -> None:
+    share = sorted(n for n in graph.nodes() if is_call(n, ops.partition_activation))[-1]
+    products = [n for n in graph.nodes("forward") if is_call(n, aten.mm.default) and n < share]
+    set_arg(share, 0, products[-1])
+
+
+@fault(0, "reads add.*, of which a share alone is left", model="shared")
+def shared_before_its_last_use(graph: TrainGraph) -> None:
+    share, *_ = shared(graph)
+    move(share, share.args[0].next)
+
+
+@fault(0, "the gather_activation of .* is of .*, which is no share", model="shared")
+def gathered_whole(graph: TrainGraph) -> None:
+    kept = [n for n in graph.outputs("saved") if not is_call(n, ops.partition_activation)]
+    set_arg(shared(graph)[1], 0, kept[-1])
+
+
+@fault(0, "is read 1 times, 0 of them by a wait", model="shared")
+def activation_read_while_it_is_gathered(graph: TrainGraph) -> None:
+    _, gather, _ = shared(graph)
+    drop(graph, wait_of(gather), gather)
+
+
+@fault(0, "the share of .* is gathered 2 times, not once", model="shared")
+def activation_gathered_twice(graph: TrainGraph) -> None:
+    _, gather, _ = shared(graph)
+    again = repeat(graph, gather)
+    with graph.inserting(again.next, "backward") as insert:
+        insert(ops.wait, again)
+
+
+@fault(0, "native_layer_norm.* reads the share of add", model="shared")
+def share_read_as_if_whole(graph: TrainGraph) -> None:
+    share, _, view = shared(graph)
+    sorted(view.users)[0].replace_input_with(view, share)
+
+
+@fault(0, "as_strided.* reads add.* in another form than its own", model="shared")
+def shared_value_in_another_form(graph: TrainGraph) -> None:
+    _, gather, view = shared(graph)
+    with graph.inserting(view, "backward") as insert:
+        size, stride = view.args[1:]
+        drop(graph, view, insert(aten.as_strided.default, wait_of(gather), size[::-1], stride))
+
+
+def counted(graph: TrainGraph) -> tuple[fx.Node, fx.Node]:
+    """(what joins all partials, the slice of those that count once)."""
+    return find(graph, aten.cat.default), find(graph, aten.slice.Tensor, region="step")
+
+
+@fault(3, "counts all ranks along mp, not one", model="shared")
+def norm_counts_alike_gradients_twice(graph: TrainGraph) -> None:
+    _, first = counted(graph)
+    drop(graph, first, first.args[0])
+
+
+@fault(3, "counts one rank along mp, not all", model="shared")
+def norm_counts_one_rank_s_parts(graph: TrainGraph) -> None:
+    joined, first = counted(graph)
+    parts = joined.args[0][0]
+    with graph.inserting(joined, "step") as insert:
+        own = insert(aten.slice.Tensor, parts, *first.args[1:])
+    set_arg(joined, 0, [own, first])
+
+
+@fault(3, "takes other partials than the first rank's", model="shared")
+def norm_counts_another_rank(graph: TrainGraph) -> None:
+    _, first = counted(graph)
+    set_arg(first, 2, 1)
+
+
+@fault(3, "norm_partials.* is not gathered over model-parallel ranks", model="shared")
+def norm_of_own_parts_alone(graph: TrainGraph) -> None:
+    joined, first = counted(graph)
+    over_model = source(joined.args[0][0])
+    set_arg(joined, 0, [over_model.args[0], first])
+
+
+@fault(3, "norm_partials.* sums parts of parameters and whole ones", model="shared")
+def norm_sums_parts_with_the_rest(graph: TrainGraph) -> None:
+    parts, rest = (n for n in graph.nodes("step") if is_call(n, ops.norm_partials))
+    grad, *others = parts.args[0]
+    set_arg(parts, 0, others)
+    set_arg(rest, 0, [*rest.args[0], grad])
+
+
 # The tests
 
 
@@ -1263,7 +1390,9 @@ def test_good_plan_that_updates_in_the_backward_passes(stage: int) -> None:
     require_good(graph, provided)
 
 
-@pytest.mark.parametrize("model", ["blocks", "batch_norm", "partly", "half", "lamb", "host"])
+@pytest.mark.parametrize(
+    "model", ["blocks", "batch_norm", "partly", "half", "lamb", "host", "shared"]
+)
 @pytest.mark.parametrize("stage", range(4))
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_good_plan_passes(stage: int, model: str, accumulation: int) -> None:

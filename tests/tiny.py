@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests import parallel
 from zerograph.collectives import Algorithm
 from zerograph.config import load_config
 from zerograph.layout import layout_of
@@ -130,11 +131,15 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "lamb": Blocks,
     "early": Blocks,
     "host": functools.partial(Blocks, 3),
+    "shared": functools.partial(parallel.Parallel, 3, 2, "mp"),
 }
 GIVEN: dict[str, dict[str, Any]] = {
     "half": {"fp16": {"enabled": True}},
     "lamb": {"optimizer": {"type": "Lamb"}},
     "host": {"activation_checkpointing": {"number_checkpoints": 3, "cpu_checkpointing": True}},
+    "shared": {
+        "activation_checkpointing": {"number_checkpoints": 3, "partition_activations": True}
+    },
     "early": {"gradient_clipping": 0.0, "compile": {"update_in_backward": True}},
 }
 """What the config of a model says beside `config(stage)`."""
@@ -162,11 +167,15 @@ def config(stage: int, **more: Any) -> dict[str, Any]:
 
 
 def traced(
-    model: nn.Module, inputs: Any, world: int, given: Mapping[str, Any] | None = None
+    model: nn.Module,
+    inputs: Any,
+    world: int,
+    given: Mapping[str, Any] | None = None,
+    model_parallel: int = 1,
 ) -> Trace:
     """Trace `model` for `world` ranks. It serves all stages: the config decides dtypes."""
     precision = precision_of(model, load_config(given or config(0)))
-    layout = layout_of(model, world, precision)
+    layout = layout_of(model, world, precision, model_parallel=model_parallel)
     args, kwargs = call_of(inputs)
     device = torch.device("cpu")
     return trace(model, args, kwargs, layout=layout, precision=precision, device=device)
@@ -176,9 +185,10 @@ def traced(
 def trace_of(name: str, world: int = 8) -> Trace:
     """The trace of one of MODELS. Copy its graph before changing it."""
     torch.manual_seed(0)
-    inputs = batch(128 if name == "host" else 4)
+    shared = name == "shared"
+    inputs = batch(64, parallel.WIDTH) if shared else batch(128 if name == "host" else 4)
     inputs["x"].requires_grad_(name == "half")
-    return traced(MODELS[name](), inputs, world, config(0, **GIVEN.get(name, {})))
+    return traced(MODELS[name](), inputs, world, config(0, **GIVEN.get(name, {})), 1 + shared)
 
 
 def planned(trace: Trace, stage: int, algorithm: Algorithm = "point-to-point", **more: Any) -> Plan:

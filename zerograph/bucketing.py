@@ -71,16 +71,18 @@ def within(layout: Layout, limits: Limits) -> Layout:
     """
     chosen = _persistent(layout, limits)
     members: list[tuple[str, bool, Sequence[Param]]] = []
-    together: dict[tuple[torch.dtype, bool], list[Param]] = {}
+    together: dict[tuple[torch.dtype, bool, bool], list[Param]] = {}
     for param in chosen:
-        together.setdefault((param.dtype, param.trainable), []).append(param)
+        key = param.dtype, param.trainable, param.parallel
+        together.setdefault(key, []).append(param)
     names = {param.name for param in chosen}
     for bucket in layout.buckets.values():
         own = layout.bucket_params(bucket.name)
         sharded = [param for param in own if param.name not in names]
         members += [(bucket.block, False, piece) for piece in cut(sharded, limits.bucket)]
         if len(sharded) < len(own):  # those of later blocks come along
-            found = together.pop((bucket.dtype, bucket.trainable), [])
+            kind = bucket.dtype, bucket.trainable, layout.parallel(bucket.name)
+            found = together.pop(kind, [])
             for piece in cut(found, limits.bucket):
                 members.append((label_of([param.name for param in piece]), True, piece))
     return replace(packed(layout.mesh, members, layout.groups), blocks=layout.blocks)

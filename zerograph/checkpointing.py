@@ -14,7 +14,6 @@ from typing import Any, Literal
 import torch.utils.checkpoint
 
 from zerograph.config import ZeroConfig, load_config
-from zerograph.errors import ConfigError
 
 Source = Mapping[str, Any] | str | os.PathLike[str] | ZeroConfig
 
@@ -28,6 +27,7 @@ _KEYS = {
 }
 """Arguments of `configure`, and the keys of `activation_checkpointing` that they are."""
 _given: dict[str, Any] | None = None
+_mpu: Any = None
 
 
 def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
@@ -52,15 +52,11 @@ def configure(
 
     They win over the engine's own config. Those that are not given here come from
     `deepspeed_config`, of which no other section is read. A second call replaces the first.
+    `mpu_` is the `mpu` of engines that are compiled without one (`zerograph.compile`).
 
-    Raises ConfigError for `mpu_`, and for what a config could not ask for either.
+    Raises ConfigError for what a config could not ask for either.
     """
-    global _given
-    if mpu_ is not None:
-        raise ConfigError(
-            "checkpointing.configure(mpu_): the only mesh axis is data parallel, so there is no group to "
-            "partition activations over; give None"
-        )
+    global _given, _mpu
     values = (
         partition_activations,
         contiguous_checkpointing,
@@ -73,7 +69,7 @@ def configure(
     named = zip(_KEYS.values(), values, strict=True)
     keys |= {key: value for key, value in named if value is not None}
     load_config({"activation_checkpointing": keys})
-    _given = keys
+    _given, _mpu = keys, mpu_
 
 
 def is_configured() -> bool:
@@ -95,6 +91,11 @@ def configured(config: ZeroConfig) -> ZeroConfig:
     section = config.activation_checkpointing
     changed = type(section).model_validate({**_section_of(config), **_given})
     return load_config(config.model_copy(update={"activation_checkpointing": changed}))
+
+
+def configured_mpu() -> Any:
+    """The `mpu_` that `configure` was given; None without."""
+    return _mpu
 
 
 def _section_of(config: ZeroConfig) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def describe(
             communication=timeline.busy["communication"],
             waited=timeline.waited,
         ),
-        advisory=config.advisory(),
+        advisory=config.advisory(graph.mesh.model),
         signature=tuple(signature),
         kernels=dict(kernels),
         passes=passes,

@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.lr_scheduler import LRScheduler
 
-from zerograph.checkpointing import configured
+from zerograph.checkpointing import configured, configured_mpu
 from zerograph.client import Given
 from zerograph.config import ZeroConfig, load_config
 from zerograph.errors import PlanError
@@ -31,6 +32,7 @@ from zerograph.runtime.flat import optimizer_on
 from zerograph.runtime.key import call_of
 from zerograph.runtime.lr_schedule import scheduler_of
 from zerograph.runtime.means import Means
+from zerograph.runtime.model_parallel import require_alike, world_of
 from zerograph.runtime.optimizer import ShardedOptimizer
 from zerograph.runtime.parameters import Parameters
 from zerograph.runtime.place import place
@@ -56,6 +58,8 @@ def compile(
     param_groups: Sequence[Mapping[str, Any]] | None = None,
     optimizer: Given | None = None,
     device: str | torch.device | None = None,
+    mpu: Any = None,
+    mesh: DeviceMesh | None = None,
 ) -> "Engine":
     """Take `model` over and answer an engine that trains it as the DeepSpeed `config` says.
 
@@ -65,11 +69,18 @@ def compile(
     Under torchrun every rank calls this; otherwise the world is one process.
     `device` is the current CUDA device if there is one, else the CPU. Nothing is captured yet.
 
+    For a model that is cut over model-parallel ranks, `mpu` is what Megatron's users give DeepSpeed, or
+    `mesh` a DeviceMesh with the axes "dp" and "mp" (runtime/model_parallel.py): buckets are then cut over
+    data-parallel ranks alone, and parameters that are parts carry `tensor_model_parallel`, as Megatron's.
+
     Raises ConfigError for the config, PlanError for the model or groups, AgreementError if ranks differ (also
     in what runs their kernels, and how), KernelError for a wrong ZEROGRAPH_KERNELS or launch table.
     """
     loaded = configured(load_config(config))
-    return Engine(model, loaded, current_world(device), param_groups, optimizer)
+    if mpu is None and mesh is None:
+        mpu = configured_mpu()
+    world = world_of(current_world(device), mpu, mesh)
+    return Engine(model, loaded, world, param_groups, optimizer)
 
 
 class Engine:
@@ -86,11 +97,13 @@ class Engine:
         require_unowned(model)
         self.module = model
         self.config = config
-        self.world = world = world.over(config.mesh(world.size))
+        self.world = world = world.over(config.mesh(world.size, world.mesh.model))
         self.batch = config.batch(world.size)
         self._planner = Planner.of(model, config, world, param_groups, optimizer)
         layout, spec = self._planner.layout()
         self._planner.agreement.agree_on_kernels(type(model).__name__)
+        shares = config.activation_checkpointing.partition_activations
+        require_alike(world, layout, model, shares)
         stage, precision = config.zero_optimization.stage, self._planner.precision
         states = spec.states if spec else ()
         self.state = State.take_over(model, layout, precision, stage, world, states)

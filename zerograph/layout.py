@@ -50,6 +50,8 @@ class Param:
     bucket: str = ""
     offset: int = 0
     """Elements from the start of the bucket."""
+    parallel: bool = False
+    """Whether each model-parallel rank has its own part of it; otherwise all have the same values."""
 
     @property
     def numel(self) -> int:
@@ -134,6 +136,10 @@ class Layout:
         stops = [p.offset for p in params[1:]] + [self.buckets[bucket].numel]
         return [(p, p.offset, stop) for p, stop in zip(params, stops, strict=True)]
 
+    def parallel(self, bucket: str) -> bool:
+        """Whether a bucket's parameters are parts of ones that are cut over model-parallel ranks."""
+        return any(param.parallel for param in self.bucket_params(bucket))
+
     def segments(self, bucket: str) -> list[Segment]:
         """The bucket as runs of one parameter group each, covering it without a gap."""
         runs: list[Segment] = []
@@ -157,8 +163,12 @@ def layout_of(
     precision: Precision,
     param_groups: Sequence[Mapping[str, Any]] | None = None,
     trained: Collection[str] = (),
+    model_parallel: int = 1,
 ) -> Layout:
     """Lay out `model` for `world` ranks. Parameters in `trained` stay trainable though frozen now.
+
+    With `model_parallel` ranks for each, parameters that are marked as parts (`is_part`) have buckets of
+    their own.
 
     `param_groups` is torch's list of dicts with "params" (tensors of the model, or names); a
     trainable parameter in no group is left out of the optimizer, so it is an error, as is one in two.
@@ -169,7 +179,7 @@ def layout_of(
     tensors = {found[0]: tensor for tensor, found in names.items()}
     group_of, groups = _groups(model, tensors, names, param_groups)
     blocks = block_of_each(model, list(tensors))
-    members: dict[tuple[str, bool, torch.dtype], list[Param]] = {}
+    members: dict[tuple[str, bool, torch.dtype, bool], list[Param]] = {}
     for name, tensor in tensors.items():
         param = Param(
             name=name,
@@ -180,10 +190,19 @@ def layout_of(
             trainable=tensor.requires_grad or name in trained,
             tied=tuple(names[tensor][1:]),
             group=group_of.get(name, 0),
+            parallel=model_parallel > 1 and is_part(tensor),
         )
-        members.setdefault((blocks[name], param.trainable, param.dtype), []).append(param)
+        key = blocks[name], param.trainable, param.dtype, param.parallel
+        members.setdefault(key, []).append(param)
     whole = [(block, False, found) for (block, *_), found in members.items()]
-    return replace(packed(Mesh.flat(world), whole, groups), blocks=tuple(repeated_blocks(model)))
+    mesh = Mesh.flat(world, model_parallel)
+    return replace(packed(mesh, whole, groups), blocks=tuple(repeated_blocks(model)))
+
+
+def is_part(parameter: torch.Tensor) -> bool:
+    """Whether a parameter is marked, as in Megatron, as a part of one cut over model-parallel ranks."""
+    marks = ("tensor_model_parallel", "model_parallel")
+    return any(bool(getattr(parameter, mark, False)) for mark in marks)
 
 
 def packed(
@@ -193,7 +212,7 @@ def packed(
 ) -> Layout:
     """The layout with a bucket b0, b1, ... for each of `members`: (block, whether persistent, parameters).
 
-    Parameters of one bucket have one dtype, and are all trainable or all frozen.
+    Parameters of one bucket have one dtype, and are all trainable or all frozen; all parts, or none.
     """
     params: dict[str, Param] = {}
     buckets: dict[str, Bucket] = {}

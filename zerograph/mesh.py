@@ -10,6 +10,11 @@ other share a node, as under torchrun. A collective is over one axis, or over al
 MiCS (arXiv:2205.00119, section 3.2) cuts buckets over `dp_shard` and keeps copies along `dp_replicate`; the
 names are those of torch's hybrid sharding. hpZ (ZeRO++, arXiv:2306.10209, section 3.2) cuts them over all
 ranks, and once more over `node` what the forward has gathered, for the backward.
+
+With a model-parallel group every one of these ranks stands for `model` processes, each with its own part
+of the model and the same batch. They are the axis `MODEL`, inside of all others, on which ZeRO cuts nothing:
+
+    {"stage": 3}, mpu of 2 x 2                      dp 2 x mp 2                   over dp; activations over mp
 """
 
 from collections.abc import Iterator
@@ -20,7 +25,9 @@ from typing import NamedTuple
 from zerograph.errors import ConfigError
 
 ALL = ""
-"""The axis of collectives over all ranks."""
+"""The axis of collectives over all data-parallel ranks."""
+MODEL = "mp"
+"""The axis of the ranks that compute one batch together, each with its part of the model."""
 
 
 class Axis(NamedTuple):
@@ -39,15 +46,17 @@ class Mesh:
     """The axis along which ranks have the same slice; empty if no two have."""
     second: str = ""
     """The axis over which the forward cuts what it gathered, for the backward; empty if it does not."""
+    model: int = 1
+    """The ranks along `MODEL`. All other numbers of a mesh are of data-parallel ranks."""
 
     @classmethod
-    def flat(cls, world: int) -> "Mesh":
-        """All ranks on one axis."""
-        return cls((Axis("dp", world),))
+    def flat(cls, world: int, model: int = 1) -> "Mesh":
+        """All data-parallel ranks on one axis."""
+        return cls((Axis("dp", world),), model=model)
 
     @property
     def world(self) -> int:
-        """All ranks."""
+        """All data-parallel ranks."""
         return prod(axis.size for axis in self.axes)
 
     @property
@@ -63,12 +72,18 @@ class Mesh:
 
     def size(self, axis: str) -> int:
         """The number of ranks along an axis."""
+        if axis == MODEL:
+            return self.model
         return self.world if axis == ALL else self.axes[self._position(axis)].size
 
     def stride(self, axis: str) -> int:
         """How far apart ranks are that follow each other along an axis."""
         inner = () if axis == ALL else self.axes[self._position(axis) + 1 :]
         return prod(each.size for each in inner)
+
+    def gap(self, axis: str) -> int:
+        """How far apart they are when those along `MODEL` are counted as well, the innermost."""
+        return 1 if axis == MODEL else self.stride(axis) * self.model
 
     def index(self, axis: str, rank: int) -> int:
         """The place of a rank along an axis."""
@@ -81,9 +96,11 @@ class Mesh:
 
     def lines(self) -> Iterator[str]:
         """The grid in words, for a plan's head; nothing for one axis."""
-        if len(self.axes) > 1:
-            grid = " x ".join(f"{axis.name} {axis.size}" for axis in self.axes)
-            parts = [grid, f"buckets are cut over {self.cut or 'all ranks'}"]
+        model = (Axis(MODEL, self.model),) if self.model > 1 else ()
+        if len(self.axes) > 1 or model:
+            grid = " x ".join(f"{axis.name} {axis.size}" for axis in (*self.axes, *model))
+            cut = self.cut or (self.axes[0].name if model else "all ranks")
+            parts = [grid, f"buckets are cut over {cut}"]
             parts += [f"copies along {self.copies}"] if self.copies else []
             parts += [f"kept for the backward over {self.second}"] if self.second else []
             yield "mesh  " + "; ".join(parts)
@@ -102,14 +119,20 @@ def named(what: str, axis: str) -> str:
     return f"{what} over {axis}" if axis != ALL else what
 
 
-def mesh_of(mics: int, hpz: int, world: int) -> Mesh:
+def mesh_of(mics: int, hpz: int, world: int, model: int = 1) -> Mesh:
     """The mesh for `mics_shard_size` and `zero_hpz_partition_size`, of which one at most is in use.
 
-    A group as large as the world, or larger, is the world. Raises ConfigError if groups do not fill it.
+    `world` data-parallel ranks, `model` model-parallel ones for each. A group as large as the world, or
+    larger, is the world. Raises ConfigError if groups do not fill it, or for groups beside `model`.
     """
     size, key = (mics, "mics_shard_size") if mics > 1 else (hpz, "zero_hpz_partition_size")
     if size <= 1 or size >= world:
-        return Mesh.flat(world)
+        return Mesh.flat(world, model)
+    if model > 1:
+        raise ConfigError(
+            f"zero_optimization.{key}={size}: groups of data-parallel ranks are not built beside a "
+            f"model-parallel group (here of {model}); leave {key} out, or give no mpu and no mesh"
+        )
     if world % size:
         raise ConfigError(
             f"zero_optimization.{key}={size} does not divide the world of {world} ranks into equal groups; "

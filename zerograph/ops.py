@@ -8,6 +8,8 @@ operator knows a rank.
     checkpoint      a value that enters a checkpointed region: kept for the backward, which recomputes from it
     offload         start a copy of a value to the host's memory; it is pending until waited for
     reload          start the copy of such a result back to the device
+    partition_activation  this rank's share of a value that all model-parallel ranks have, as a copy
+    gather_activation     start an all-gather of such shares; the result is flat, with padding at its end
     gather          start an all-gather of a bucket's shards; the result is pending until waited for; with
                     `ahead` it is the one that the step before has started, if it has
     gather_ahead    start that all-gather, for the next forward
@@ -24,7 +26,7 @@ operator knows a rank.
     norm_partials   sums of squares of gradient slices, one for each of `parts` ranks' slices
     squares         the sums of squares of one gradient that make these up, chunk by chunk
     sum_squares     from those of all gradients the partials, with the bits of `norm_partials`
-    gather_partials start an all-gather of the one partial that each rank has
+    gather_partials start an all-gather of the partials that each rank has: one, or one for each slice
     finish          from all ranks' partials, summed in rank order: the global 2-norm, and what controls the
                     updates (the factor of gradients, and whether they apply)
     any_rank        start a maximum over ranks of the flags of parameters that received a gradient
@@ -78,6 +80,16 @@ def offload(value: Tensor) -> Tensor:
 @_define("reload(Tensor host, Device device) -> Tensor")
 def reload(host: Tensor, device: torch.device) -> Tensor:
     return torch.empty_like(host, device=device)
+
+
+@_define("partition_activation(Tensor value, int world, *, str axis='') -> Tensor")
+def partition_activation(value: Tensor, world: int, *, axis: str = "") -> Tensor:
+    return value.new_empty((value.numel() + world - 1) // world)
+
+
+@_define("gather_activation(Tensor share, int world, *, str axis='') -> Tensor")
+def gather_activation(share: Tensor, world: int, *, axis: str = "") -> Tensor:
+    return share.new_empty(share.numel() * world)
 
 
 @_define("gather(Tensor shard, str bucket, int world, bool ahead=False, *, str axis='') -> Tensor")
@@ -173,7 +185,7 @@ def sum_squares(squares: list[Tensor]) -> Tensor:
 
 @_define("gather_partials(Tensor partial, int world, *, str axis='') -> Tensor")
 def gather_partials(partial: Tensor, world: int, *, axis: str = "") -> Tensor:
-    return partial.new_empty(world)
+    return partial.new_empty(world * partial.numel())
 
 
 @_define(
@@ -254,6 +266,7 @@ def refreshed(full: Tensor, bucket: str) -> Tensor:
 
 COLLECTIVES = (
     gather,
+    gather_activation,
     reduce_scatter,
     all_reduce,
     gather_partials,

@@ -42,12 +42,17 @@ def optimizer_of(
 ) -> OptimizerSpec | None:
     """The user's own optimizer, else the one that the config names; None without one.
 
-    Raises PlanError for options that the rule does not have, and with updates in the backward for what it
-    cannot do there.
+    Raises PlanError for options that the rule does not have, with updates in the backward for what it
+    cannot do there, and beside model-parallel ranks for a rule that needs norms of whole parameters.
     """
     spec = _spec_of(config, layout, client)
     if config.compile.update_in_backward:
         _require_early(spec, config.batch(layout.mesh.world).accumulation)
+    if spec is not None and spec.measures and layout.mesh.model > 1:
+        raise PlanError(
+            f"{spec.rule.name} needs norms of whole parameters, and those over model-parallel ranks (here "
+            f"{layout.mesh.model}) are not built; use AdamW, or give no model-parallel group"
+        )
     return spec
 
 

@@ -120,14 +120,15 @@ class Plan(Countable):
     @property
     def advisory(self) -> tuple[str, ...]:
         """Config keys that were given, and that only advise or match what happens anyway."""
-        return self.config.advisory()
+        return self.config.advisory(self.graph.mesh.model)
 
-    def signature(self) -> list[str]:
-        """The ordered collectives, one line each: what all ranks must agree on."""
+    def signature(self, axis: str | None = None) -> list[str]:
+        """The ordered collectives, one line each, of all axes or of one: what its ranks must agree on."""
         lines = []
         for node in self.graph.nodes():
             early = is_call(node, gather_ahead) and region_of(node) == "backward"
-            if early or is_call(node, *COLLECTIVES):
+            told = axis is None or axis_of(node) == axis
+            if told and (early or is_call(node, *COLLECTIVES)):
                 bucket = next((a for a in node.args if isinstance(a, str)), "-")
                 value = node.meta["val"]
                 kind = named(f"{region_of(node)} {name_of(node)} {bucket}", axis_of(node))

@@ -13,10 +13,12 @@ import torch
 from torch import nn
 
 from zerograph import pipeline
+from zerograph.alike import Joins, every
 from zerograph.bucketing import limits_of
 from zerograph.client import Client, Given, client_of
 from zerograph.collectives import Algorithm, algorithm_for
 from zerograph.config import ZeroConfig, load_config
+from zerograph.errors import PlanError
 from zerograph.ir import TrainGraph
 from zerograph.layout import layout_of
 from zerograph.optimizer import OptimizerSpec, optimizer_of
@@ -26,6 +28,7 @@ from zerograph.passes import (
     InPlace,
     Normalize,
     Offload,
+    Partition,
     Reduce,
     Release,
     Scale,
@@ -48,6 +51,7 @@ def plan(
     *,
     example_inputs: Any,
     world_size: int = 1,
+    model_parallel: int = 1,
     device: str | torch.device = "cpu",
     param_groups: Sequence[Mapping[str, Any]] | None = None,
     optimizer: Given | None = None,
@@ -55,6 +59,8 @@ def plan(
 ) -> Plan:
     """Plan one training step of `model` under `config` for `world_size` ranks.
 
+    Of these, `model_parallel` compute one batch together, each with its part of the model, as `model` is
+    written; the collectives that it makes itself are taken to be among them.
     `example_inputs` is a mapping (keyword arguments), a tuple or list (positional ones) or one
     tensor; only shapes, strides and dtypes are read. Model and inputs may be on the meta device; they are
     traced as fake tensors of `device`. `optimizer` is what `zerograph.compile` takes.
@@ -64,12 +70,23 @@ def plan(
     Raises ConfigError, CaptureError or PlanError.
     """
     loaded = load_config(config)
-    loaded.batch(world_size)
-    loaded.mesh(world_size)
+    data_parallel = _data_parallel(world_size, model_parallel)
+    loaded.batch(data_parallel)
+    loaded.mesh(data_parallel, model_parallel)
     client = None if optimizer is None else client_of(optimizer, model, loaded, param_groups)
     groups = client.groups if client else param_groups
-    traced = trace_of(model, loaded, example_inputs, world_size, device, groups)
+    ranks = data_parallel, model_parallel
+    traced = trace_of(model, loaded, example_inputs, ranks[0], device, groups, ranks[1])
     return plan_of(traced, loaded, arriving, client)
+
+
+def _data_parallel(world: int, model: int) -> int:
+    """How many ranks have the same part of the model."""
+    if model < 1 or world % model:
+        raise PlanError(
+            f"model_parallel={model} does not divide world_size={world}, which counts all ranks"
+        )
+    return world // model
 
 
 def trace_of(
@@ -79,10 +96,14 @@ def trace_of(
     world_size: int,
     device: str | torch.device = "cpu",
     groups: Sequence[Mapping[str, Any]] | None = None,
+    model_parallel: int = 1,
 ) -> Trace:
-    """The trace that `plan` rewrites. It serves every config that differs from `config` in no precision."""
+    """The trace that `plan` rewrites. It serves every config that differs from `config` in no precision.
+
+    `world_size` is of data-parallel ranks, with `model_parallel` processes for each.
+    """
     precision = precision_of(model, config)
-    layout = layout_of(model, world_size, precision, groups)
+    layout = layout_of(model, world_size, precision, groups, model_parallel=model_parallel)
     args, kwargs = call_of(example_inputs)
     return trace(
         model, args, kwargs, layout=layout, precision=precision, device=torch.device(device)
@@ -105,16 +126,18 @@ def plan_of(
     client: Client | None = None,
     *,
     algorithm: Algorithm | None = None,
+    joins: Joins = every,
 ) -> Plan:
     """Run the passes on a copy of a traced graph.
 
-    `algorithm` moves the buckets; by default that of the device's usual backend.
+    `algorithm` moves the buckets; by default that of the device's usual backend. `joins` says of the process
+    groups of the model's own collectives which are the model-parallel one.
     """
     notes: dict[str, Any] = {"collectives": algorithm or algorithm_for(traced.graph.device)}
 
     def start() -> TrainGraph:
         graph = traced.graph.copy()
-        graph.layout = graph.layout.over(config.mesh(graph.world))
+        graph.layout = graph.layout.over(config.mesh(graph.world, graph.mesh.model))
         graph.notes |= notes
         return graph
 
@@ -122,7 +145,7 @@ def plan_of(
     if arriving is None:
         arriving = default_arriving(graph)
     spec = optimizer_of(config, graph.layout, client)
-    passes = passes_for(config, graph, tuple(arriving), spec)
+    passes = passes_for(config, graph, tuple(arriving), spec, joins)
     notes |= graph.notes
     return Plan(graph, pipeline.run(graph, passes, start), config, spec)
 
@@ -145,7 +168,11 @@ def default_arriving(graph: TrainGraph) -> tuple[str, ...]:
 
 
 def passes_for(
-    config: ZeroConfig, graph: TrainGraph, arriving: tuple[str, ...], spec: OptimizerSpec | None
+    config: ZeroConfig,
+    graph: TrainGraph,
+    arriving: tuple[str, ...],
+    spec: OptimizerSpec | None,
+    joins: Joins = every,
 ) -> list[pipeline.Pass]:
     """The pipeline. Stages differ in what each pass inserts, not in which passes run."""
     zero = config.zero_optimization
@@ -160,7 +187,11 @@ def passes_for(
     overlaps = zero.overlap_comm is not False
     weighted = config.compile.weighted_accumulation
     activations = config.activation_checkpointing
-    moved = [Offload(overlaps=overlaps)] if activations.cpu_checkpointing else []
+    moved: list[pipeline.Pass] = []
+    if activations.partition_activations and graph.mesh.model > 1:
+        moved.append(Partition(overlaps=overlaps, joins=joins))
+    if activations.cpu_checkpointing:
+        moved.append(Offload(overlaps=overlaps))
     early = [UpdateInBackward()] if config.compile.update_in_backward else []
     return [
         Normalize(recast=zero.stage == 3),

@@ -14,7 +14,7 @@ is mended here and nowhere else:
     symbols.py   torch._dynamo.maybe_mark_dynamic, TracingContext.tensor_to_context
                  ShapeEnv: guards, var_to_sources, create_symintnode; SymInt.node
                  torch.utils._sympy: interp, printers, reference
-    runtime.py   torch.distributed.distributed_c10d._get_default_store
+    runtime.py   torch.distributed.distributed_c10d: _get_default_store, _resolve_process_group
                  ProcessGroup._get_backend(device).options._timeout
                  ctx.maybe_clear_saved_tensors of autograd functions
                  torch._C._autograd._enable_record_function
@@ -41,6 +41,7 @@ from zerograph.compat.runtime import (
     clear_saved,
     default_store,
     group_beside,
+    group_named,
     has_step_hooks,
     mark_stepped,
     mark_tracked,
@@ -84,6 +85,7 @@ __all__ = [
     "export_joint",
     "function_of",
     "group_beside",
+    "group_named",
     "guards_of",
     "has_step_hooks",
     "hint",

@@ -60,6 +60,13 @@ def group_beside(
     return made
 
 
+def group_named(name: str) -> dist.ProcessGroup:
+    """The process group of this name, as functional collectives have it."""
+    groups: Any = dist.distributed_c10d
+    made: dist.ProcessGroup = groups._resolve_process_group(name)
+    return made
+
+
 def timeout_of(group: dist.ProcessGroup) -> timedelta:
     """How long a collective of a gloo or NCCL group may take."""
     options: Any = group._get_backend(group._device_types[0]).options

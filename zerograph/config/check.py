@@ -2,12 +2,21 @@
 
 import json
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from zerograph.config.base import Section
 from zerograph.config.row import Row
 from zerograph.config.support import SUPPORT
+from zerograph.errors import ConfigError
+
+if TYPE_CHECKING:
+    from zerograph.config.model import ZeroConfig
 
 Leaf = tuple[str, object]
+_ALONE = (
+    "activation_checkpointing.partition_activations=true: no model-parallel group was given "
+    "(zerograph.compile(mpu=...) or mesh=...), so there is nobody to share activations with"
+)
 
 
 def show(value: object) -> str:
@@ -49,11 +58,25 @@ def refusals(config: Section) -> list[str]:
     return problems
 
 
-def advisory(config: Section) -> tuple[str, ...]:
-    """Say what happens instead of each given value that only advises."""
+def require_fits(config: "ZeroConfig", model_parallel: int) -> None:
+    """Raise ConfigError for what is not built beside a model-parallel group of more than one rank."""
+    if model_parallel > 1 and config.compile.update_in_backward:
+        raise ConfigError(
+            "compile.update_in_backward: the norm over model-parallel ranks is made of whole gradients; "
+            f"leave it out, or give no model-parallel group (here of {model_parallel})"
+        )
+
+
+def advisory(config: "ZeroConfig", model_parallel: int = 1) -> tuple[str, ...]:
+    """Say what happens instead of each given value that only advises.
+
+    partition_activations does without a model-parallel group, as in DeepSpeed with one of one rank.
+    """
     lines = []
     for path, value in given(config):
         row = row_for(path)
         if row.kind == "advises" and value not in row.accepts:
             lines.append(f"{path}={show(value)}: {row.here}")
+    if config.activation_checkpointing.partition_activations and model_parallel == 1:
+        lines.append(_ALONE)
     return tuple(sorted(lines))

@@ -133,11 +133,21 @@ class ZeroConfig(Section):
             world_size,
         )
 
-    def mesh(self, world_size: int) -> Mesh:
-        """How that many ranks are cut into groups. Raises ConfigError if the groups do not fill it."""
-        zero = self.zero_optimization
-        return mesh_of(zero.mics_shard_size, zero.zero_hpz_partition_size, world_size)
+    def mesh(self, world_size: int, model_parallel: int = 1) -> Mesh:
+        """How so many data-parallel ranks are cut into groups, with `model_parallel` processes for each.
 
-    def advisory(self) -> tuple[str, ...]:
-        """Say, for each key that was given and only advises, what happens instead."""
-        return check.advisory(self)
+        Raises ConfigError if the groups do not fill it, or for a key that is not built beside
+        model-parallel ranks.
+        """
+        zero = self.zero_optimization
+        sizes = zero.mics_shard_size, zero.zero_hpz_partition_size
+        made = mesh_of(*sizes, world_size, model_parallel)
+        check.require_fits(self, made.model)
+        return made
+
+    def advisory(self, model_parallel: int = 1) -> tuple[str, ...]:
+        """Say, for each key that was given and only advises, what happens instead.
+
+        `model_parallel` is the number of ranks of the model-parallel group.
+        """
+        return check.advisory(self, model_parallel)

@@ -68,13 +68,18 @@ _REST = (
     *refused(
         under(
             "activation_checkpointing",
-            "partition_activations contiguous_memory_optimization",
+            "contiguous_memory_optimization",
         ),
         "checkpoints are kept whole, each in a storage of its own",
         OFF,
         False,
     ),
-    *built(under("activation_checkpointing", "number_checkpoints cpu_checkpointing")),
+    *built(
+        under(
+            "activation_checkpointing",
+            "number_checkpoints cpu_checkpointing partition_activations",
+        )
+    ),
     *advises(
         "activation_checkpointing.synchronize_checkpoint_boundary",
         "regions are parts of one graph, and no call at a boundary can wait for the device",
@@ -193,24 +198,30 @@ _REST = (
     ),
     *refused(
         "tensor_parallel.autotp_size",
-        "the only mesh axis is data parallel",
+        "models are cut by their own code; zerograph.compile(mpu=...) takes one that is",
         "set it to 0 or leave the section out",
         0,
         1,
     ),
     *refused(
         "tensor_parallel.tensor_parallel.tp_size sequence_parallel_size",
-        "the only mesh axis is data parallel",
+        "the only axes are data parallel, and model parallel by the model's own code",
         "set it to 1 or leave it out",
         1,
     ),
     *refused(
         "expert_parallel.enabled use_data_before_expert_parallelism",
-        "the only mesh axis is data parallel",
+        "the only axes are data parallel, and model parallel by the model's own code",
         OFF,
         False,
     ),
-    *refused("pipeline", "the only mesh axis is data parallel", "leave the section out", None, {}),
+    *refused(
+        "pipeline",
+        "the only axes are data parallel, and model parallel by the model's own code",
+        "leave the section out",
+        None,
+        {},
+    ),
     *dormant(
         "autotuning elasticity data_efficiency curriculum_learning compression_training "
         "progressive_layer_drop hybrid_engine compile tensor_parallel expert_parallel"

@@ -27,7 +27,7 @@ from zerograph.saved import Entry, Saved
 Kind = Literal["gather", "reduce_scatter", "all_reduce"]
 _KINDS: dict[str, Kind] = {
     **dict.fromkeys(("gather", "gather_ahead", "refresh"), "gather"),
-    **dict.fromkeys(("gather_partials", "gather_norms"), "gather"),
+    **dict.fromkeys(("gather_partials", "gather_norms", "gather_activation"), "gather"),
     "reduce_scatter": "reduce_scatter",
     **dict.fromkeys(("all_reduce", "any_rank", "sum_weights"), "all_reduce"),
 }

@@ -138,7 +138,7 @@ class Lifetimes:
         first = node.args[0] if node.args else None
         if not isinstance(first, fx.Node):
             return self._new(node, index, self._category(node))
-        kinds = _ALONE if self.graph.world == 1 else _IN_PLACE
+        kinds = _ALONE if self.graph.mesh.size(axis_of(node)) == 1 else _IN_PLACE
         if node.target in kinds or is_view(node):
             return self.of[first]
         if getattr(node.target, "__name__", "") == "getitem":

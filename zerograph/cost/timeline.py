@@ -173,7 +173,7 @@ class _Rank:
     def _ranks(self, node: fx.Node) -> tuple[int, int]:
         """Among how many ranks a collective is, and how far apart they are."""
         mesh, axis = self.graph.mesh, axis_of(node)
-        return mesh.size(axis), mesh.stride(axis)
+        return mesh.size(axis), mesh.gap(axis)
 
     def _copy(self, index: int, node: fx.Node) -> None:
         """Start a copy behind those before it, once what compute has is done."""

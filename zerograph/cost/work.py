@@ -242,6 +242,7 @@ _TRAFFIC: dict[str, Callable[[fx.Node, Arguments], int]] = {
     "aten.nll_loss_forward": _loss,
     "aten.nll_loss_backward": _loss,
     "aten.copy": _copied,
+    "zero.partition_activation": lambda node, given: 2 * _bytes(node.meta["val"]),
     "zero.partition": lambda node, given: 2 * _bytes(node.meta["val"]),
     "zero.put": _put,
     "zero.accumulate": _accumulate,

@@ -49,6 +49,7 @@ def initialize(
     config: Config | None = None,
     config_params: Config | None = None,
     collate_fn: Callable[[list[Any]], Any] | None = None,
+    mpu: Any = None,
 ) -> tuple[Engine, ShardedOptimizer | None, DataLoader[Any] | None, LRScheduler | None]:
     """Compile `model` and answer (engine, optimizer, dataloader, scheduler), as DeepSpeed does.
 
@@ -56,7 +57,8 @@ def initialize(
     `model_parameters` may be parameters or torch's list of groups. With `training_data` the dataloader
     gives each rank its own micro-batches. `lr_scheduler` may be a function from the optimizer to
     a scheduler, or one on the `optimizer` given. `optimizer` is an instance, which has its own groups, or
-    a function from `model_parameters` to one; it wins over the config's `optimizer` section.
+    a function from `model_parameters` to one; it wins over the config's `optimizer` section. `mpu` has the
+    model-parallel group, as for `zerograph.compile`; a micro-batch is then one for all of its ranks.
     """
     if model is None:
         raise PlanError("initialize needs model=")
@@ -66,6 +68,7 @@ def initialize(
         _config(args, config, config_params),
         param_groups=None if made else _groups(model, model_parameters),
         optimizer=optimizer,
+        mpu=mpu,
     )
     if isinstance(lr_scheduler, LRScheduler):
         if lr_scheduler.optimizer is not optimizer:

@@ -5,6 +5,7 @@ from zerograph.passes.gather import Gather
 from zerograph.passes.in_place import InPlace
 from zerograph.passes.normalize import Normalize
 from zerograph.passes.offload import Offload
+from zerograph.passes.partition import Partition
 from zerograph.passes.reduce import Reduce
 from zerograph.passes.release import Release
 from zerograph.passes.scale import Scale
@@ -20,6 +21,7 @@ __all__ = [
     "InPlace",
     "Normalize",
     "Offload",
+    "Partition",
     "Reduce",
     "Release",
     "Scale",

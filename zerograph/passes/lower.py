@@ -4,6 +4,7 @@
     zero.wait %b0                 ->  collectives.wait(%b0, "the gather of bucket b0")
       or, point-to-point:         ->  gathers.gather(%b0.shard, empty, "b0"), its wait()
     zero.partition %b1 over node  ->  mesh.part(%b1, "node")                       a copy of the own slice
+    zero.partition_activation %3  ->  mesh.share(%3, "mp")                         a copy of the own share
     zero.param %b0 "w"            ->  aten.as_strided(%b0, [64, 32], [32, 1], 0)     a view, no copy
     zero.release %b0              ->  nothing: a value's storage ends with its last use
     %8 = aten.mm(..)              ->  aten.mm.out(.., out=a view of %b0.grad)
@@ -129,7 +130,7 @@ class Builder:
         pending = frozenset(n.name for n in gathers)
         roles, starts = tuple(self.inputs), {}
         for node in nodes:
-            if is_call(node, *ops.COLLECTIVES) and self.graph.world > 1:
+            if is_call(node, *ops.COLLECTIVES) and not self.alone(node):
                 about = name_of(node), bucket_of(node), axis_of(node), collective_bytes(node)
                 starts[called(node)] = Started(*about)
         return Program(self.region, module, roles, len(results), first, names, pending, starts)
@@ -146,7 +147,9 @@ class Builder:
         several = self.graph.world > 1
         ahead = any(is_ahead(node) or is_call(node, *_AHEAD) for node in nodes)
         used = {"ahead"} if several and ahead else set()
-        used |= {"mesh"} if several and any(is_call(n, ops.partition) for n in nodes) else set()
+        shares = any(is_call(n, ops.partition_activation) for n in nodes)
+        cuts = several and any(is_call(n, ops.partition) for n in nodes)
+        used |= {"mesh"} if shares or cuts else set()
         if self.point_to_point:
             used |= {channel_of(n) for n in nodes if channel_of(n) and not is_ahead(n)}
         for name in sorted(used):
@@ -214,6 +217,10 @@ class Builder:
     def start(self, channel: str, method: str, *args: Any) -> fx.Node:
         """A collective on a channel; its result is pending."""
         return self.out.call_method(method, (self.channels[channel], *args))
+
+    def alone(self, node: fx.Node) -> bool:
+        """Whether there is nobody to talk to along a collective's axis."""
+        return self.graph.mesh.size(axis_of(node)) == 1
 
     def among(self, node: fx.Node) -> tuple[int, str]:
         """(number of ranks, name of their process group) that a collective is among."""

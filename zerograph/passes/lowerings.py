@@ -39,6 +39,14 @@ def _reload(b: "Builder", node: fx.Node) -> fx.Node:
     return b.call(transfers.reload, *b.args(node))
 
 
+def _partition_activation(b: "Builder", node: fx.Node) -> fx.Node:
+    return b.start("mesh", "share", b.args(node)[0], axis_of(node))
+
+
+def _gather_activation(b: "Builder", node: fx.Node) -> fx.Node:
+    return _gathered(b, b.args(node)[0], node)
+
+
 def _gather(b: "Builder", node: fx.Node) -> fx.Node:
     shard, bucket, *_ = b.args(node)
     if is_ahead(node) and b.graph.world > 1:
@@ -54,7 +62,7 @@ def _gathered(b: "Builder", shard: fx.Node, node: fx.Node) -> fx.Node:
     With one that the collective makes itself, gloo corrupts the heap (seen on torch 2.13) when two are
     under way and the first is freed.
     """
-    if b.graph.world == 1:
+    if b.alone(node):
         return shard
     op = c10d.all_gather_into_tensor_out.default
     buffer = _empty(b, shard, node)
@@ -70,7 +78,7 @@ def _wait(b: "Builder", node: fx.Node) -> fx.Node:
     start = cast(fx.Node, node.args[0])
     if is_call(start, *ops.COPIES):
         return b.call(transfers.wait, pending)
-    if b.graph.world == 1:
+    if b.alone(start):
         return pending
     if is_ahead(start) or (b.point_to_point and channel_of(start)):
         return b.out.call_method("wait", (pending,))
@@ -93,6 +101,10 @@ def called(start: fx.Node) -> str:
     reductions = dict.fromkeys((ops.reduce_scatter, ops.all_reduce), "reduction")
     kinds: dict[Any, str] = gathers | reductions
     kind = kinds.get(start.target, "")
+    if is_call(start, ops.gather_activation):
+        return named(
+            f"the gather of activation {cast(fx.Node, start.args[0]).name}", axis_of(start)
+        )
     what = f"the {kind} of bucket {bucket_of(start)}" if kind else f"the {name_of(start)}"
     return named(what, axis_of(start))
 
@@ -256,6 +268,8 @@ HANDLERS: dict[Any, Handler] = {
     ops.checkpoint: _checkpoint,
     ops.offload: _offload,
     ops.reload: _reload,
+    ops.partition_activation: _partition_activation,
+    ops.gather_activation: _gather_activation,
     ops.gather: _gather,
     ops.partition: _partition,
     ops.wait: _wait,

@@ -33,25 +33,18 @@ the forward or with another value that is kept; gradients that are values of the
 gradients that arrive.
 """
 
-from collections import Counter
 from dataclasses import dataclass
-from itertools import groupby
 from typing import ClassVar, cast
 
-from torch import Tensor, fx
+from torch import fx
 
 from zerograph import ops
-from zerograph.codegen.packing import is_dense
-from zerograph.compat import hint
 from zerograph.cost import nbytes
 from zerograph.errors import PlanError
 from zerograph.ir import TrainGraph
-from zerograph.nodes import checkpoint_of, is_call, module_of, region_of, view_root
-from zerograph.passes.release import users_of_aliases
+from zerograph.kept import SMALLEST, last_use, movable, returns, under_boundaries
+from zerograph.nodes import module_of
 from zerograph.units import size
-
-SMALLEST = 4096
-"""Bytes. A copy takes some microseconds to start, in which a link of 32 GB/s moves some 100 KB."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +60,7 @@ class Offload:
     def apply(self, graph: TrainGraph) -> str:
         if not graph.training:
             return "there is no backward"
-        under = _under_boundaries(graph)
+        under = under_boundaries(graph)
         if not under:
             raise PlanError(
                 "activation_checkpointing.cpu_checkpointing=true: what goes to the host is what checkpointed "
@@ -75,8 +68,7 @@ class Offload:
                 "activation_checkpointing.number_checkpoints, mark regions in the model with "
                 "zerograph.checkpointing.checkpoint, or set cpu_checkpointing to false"
             )
-        roots = Counter(view_root(node) for node in _leaving(graph))
-        moved = [v for v in under if self._is_worth(v) and roots[view_root(v)] == 1]
+        moved = movable(graph, under, self.smallest)
         hosts = self._offload(graph, moved)
         saved = graph.outputs("saved")
         graph.set_outputs(saved=[hosts.get(cast(fx.Node, node), node) for node in saved])
@@ -84,16 +76,9 @@ class Offload:
         total = size(sum(map(nbytes, moved)))
         return f"{len(moved)} of {len(under)} values at boundaries, {total}, go to the host"
 
-    def _is_worth(self, value: fx.Node) -> bool:
-        """Whether the step made a value, which fills its memory and is large enough."""
-        made = value.meta["val"]
-        dense = is_dense([hint(n) for n in made.shape], [hint(n) for n in made.stride()])
-        own = view_root(value).op == "call_function"
-        return own and dense and nbytes(value) >= self.smallest
-
     def _offload(self, graph: TrainGraph, moved: list[fx.Node]) -> dict[fx.Node, fx.Node]:
         """By value its copy on the host, which the forward has waited for."""
-        last = {value: _last_use(value) for value in moved}
+        last = {value: last_use(value) for value in moved}
         order = sorted(moved, key=last.__getitem__)
         started: list[fx.Node] = []
         for value in order:
@@ -112,51 +97,11 @@ class Offload:
     def _reload(
         self, graph: TrainGraph, hosts: dict[fx.Node, fx.Node], under: dict[fx.Node, str]
     ) -> None:
-        readers = {value: _readers(value) for value in hosts}
-        read = sorted((v for v in hosts if readers[v]), key=lambda v: readers[v][0])
-        groups = [list(each) for _, each in groupby(read, key=under.__getitem__)]
-        starts = [readers[group[0]][0] for group in groups]
-        for before, group in zip([graph.first("backward"), *starts], groups):
-            for value in group:
-                first = readers[value][0]
-                at = before if self.overlaps else first
-                with graph.inserting(at, "backward", module_of(first)) as insert:
-                    back = insert(ops.reload, hosts[value], value.meta["val"].device)
-                with graph.inserting(first, "backward", module_of(first)) as insert:
-                    back = insert(ops.wait, back)
-                for reader in readers[value]:
-                    reader.replace_input_with(value, back)
-
-
-def _under_boundaries(graph: TrainGraph) -> dict[fx.Node, str]:
-    """The saved tensors that have a boundary, in order, with the group in which they are brought back.
-
-    It is the region that the backward comes to first, the last of the forward; of a value from within its
-    region, which a budget chose, itself.
-    """
-    found: dict[fx.Node, str] = {}
-    saved = set(graph.outputs("saved"))
-    for node in graph.nodes("forward"):
-        if is_call(node, ops.checkpoint):
-            value, region = cast(tuple[fx.Node, str], node.args)
-            if value in saved and isinstance(value.meta.get("val"), Tensor):
-                chosen = checkpoint_of(value) == region
-                found[value] = f"{region} {value.name}" if chosen else region
-    return found
-
-
-def _leaving(graph: TrainGraph) -> list[fx.Node]:
-    """What is returned, and what is saved."""
-    sections = [graph.outputs(name) for name in ("forward", "saved", "backward")]
-    return [node for section in sections for node in section if node is not None]
-
-
-def _last_use(value: fx.Node) -> fx.Node:
-    """The last node of the forward that reads a value, or what shares its storage."""
-    readers = users_of_aliases(view_root(value))
-    return max(node for node in (value, *readers) if region_of(node) == "forward")
-
-
-def _readers(value: fx.Node) -> list[fx.Node]:
-    """The nodes of the backward that read a value, in order."""
-    return sorted(u for u in value.users if u.op != "output" and region_of(u) == "backward")
+        for value, readers, at in returns(graph, hosts, under, self.overlaps):
+            first = readers[0]
+            with graph.inserting(at, "backward", module_of(first)) as insert:
+                back = insert(ops.reload, hosts[value], value.meta["val"].device)
+            with graph.inserting(first, "backward", module_of(first)) as insert:
+                back = insert(ops.wait, back)
+            for reader in readers:
+                reader.replace_input_with(value, back)

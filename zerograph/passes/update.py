@@ -49,6 +49,7 @@ from zerograph.ir import Inserter, TrainGraph
 from zerograph.layout import Bucket
 from zerograph.mesh import over
 from zerograph.nodes import is_call, region_of, role_of
+from zerograph.passes.partials import partials_of
 from zerograph.passes.reduce import MEAN, Average, means
 from zerograph.passes.scale import add_scalar
 
@@ -101,20 +102,17 @@ class _Step:
     def run(self, kept: Mapping[Bucket, fx.Node]) -> None:
         with self.graph.inserting(self.graph.output, "step") as insert:
             grads = means(self.graph, insert, self.options.average, kept, self.options.overlaps)
-            norm, control = self._finish(insert, list(grads.values()))
+            norm, control = self._finish(insert, grads)
             used = self._used(insert)
             hyper = self._hyper()
             self._updates(insert, grads, hyper, used, control)
         self.graph.set_outputs(step=[norm])
 
-    def _finish(self, insert: Inserter, grads: list[fx.Node]) -> tuple[fx.Node, fx.Node | None]:
+    def _finish(
+        self, insert: Inserter, grads: Mapping[Bucket, fx.Node]
+    ) -> tuple[fx.Node, fx.Node | None]:
         """The norm, and what controls the updates; None where that is nothing."""
-        whole, mesh = self.graph.stage == 0, self.graph.mesh
-        partials = insert(ops.norm_partials, grads, self.graph.world if whole else 1)
-        if not whole:
-            partials = insert(
-                ops.wait, insert(ops.gather_partials, partials, mesh.slices, **over(mesh.cut))
-            )
+        partials = partials_of(self.graph, insert, grads)
         divided = self._divided(insert)
         skips = self.graph.precision.skips or self.options.weighted
         made = insert(ops.finish, partials, divided, self.options.max_norm, skips)

@@ -34,6 +34,7 @@ class Agreement:
     engine: int = field(default_factory=lambda: next(_engines))
     _rounds: int = 0
     _agreed: set[str] = field(default_factory=set)
+    _across: "Agreement | None" = None
 
     def agree(self, what: str, signature: Sequence[str], mend: str = MEND) -> None:
         """Return once all ranks have the same `signature`; raise AgreementError on all otherwise.
@@ -46,7 +47,7 @@ class Agreement:
         if digest in self._agreed or self.world.size == 1:
             self._agreed.add(digest)
             return
-        prefix = f"zerograph/{self.engine}/{self._rounds}"
+        prefix = f"zerograph/{self.world.label}{self.engine}/{self._rounds}"
         self._rounds += 1
         store = compat.default_store()
         store.set(f"{prefix}/text/{self.world.rank}", text)
@@ -57,6 +58,13 @@ class Agreement:
         if verdict != "agreed":
             raise AgreementError(verdict)
         self._agreed.add(digest)
+
+    def agree_on_model(self, what: str, signature: Sequence[str]) -> None:
+        """The same among the ranks that compute one batch together; with their parts sizes may differ."""
+        if self.world.model is not None:
+            if self._across is None:
+                self._across = Agreement(self.world.model, self.timeout, self.engine)
+            self._across.agree(f"what model-parallel ranks share of {what}", signature)
 
     def agree_on_kernels(self, model: str) -> None:
         """Ranks must run kernels by the same target, and launch them alike, or last bits of sums differ.

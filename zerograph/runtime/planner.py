@@ -7,6 +7,7 @@ compile    the programs of one kind of call: trace, plan, lower the forward
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,11 +17,13 @@ from zerograph.client import Client, Given, client_of
 from zerograph.config import ZeroConfig
 from zerograph.errors import PlanError
 from zerograph.layout import Layout, layout_of
+from zerograph.mesh import MODEL
 from zerograph.optimizer import OptimizerSpec, optimizer_of
 from zerograph.plan import Plan
 from zerograph.planning import plan_of
 from zerograph.precision import Precision, precision_of, short
 from zerograph.runtime.agree import Agreement
+from zerograph.runtime.model_parallel import joins_model
 from zerograph.runtime.programs import Dims
 from zerograph.runtime.run import Compiled
 from zerograph.runtime.world import World
@@ -68,11 +71,15 @@ class Planner:
         `trained` are parameters that keep a place for gradients although they may be frozen now. Raises
         PlanError for the model or its groups, AgreementError if ranks differ.
         """
-        blocks = layout_of(self.module, self.world.size, self.precision, self.param_groups, trained)
-        layout = within(blocks, limits_of(self.config)).over(self.world.mesh)
+        mesh = self.world.mesh
+        blocks = layout_of(
+            self.module, mesh.world, self.precision, self.param_groups, trained, mesh.model
+        )
+        layout = within(blocks, limits_of(self.config)).over(mesh)
         spec = optimizer_of(self.config, layout, self.client)
         what = f"the layout of {type(self.module).__name__}"
         self.agreement.agree(what, self._lines(layout, spec))
+        self.agreement.agree_on_model(what, self._shared(layout, spec))
         return layout, spec
 
     def compile(
@@ -84,6 +91,7 @@ class Planner:
         dynamic: Dims,
     ) -> Compiled:
         """Trace and plan one call. `adopt` is told of every plan made, for other gradients later too."""
+        joins = partial(joins_model, self.world)
         traced = trace(
             self.module,
             args,
@@ -96,9 +104,11 @@ class Planner:
 
         def make_plan(arriving: tuple[str, ...] | None = None) -> Plan:
             how = self.world.algorithm
-            made = plan_of(traced, self.config, arriving, self.client, algorithm=how)
+            made = plan_of(traced, self.config, arriving, self.client, algorithm=how, joins=joins)
             kind = "a training step" if made.graph.training else "a forward"
-            self.agreement.agree(f"{kind} of {made.graph.model}", made.signature())
+            what = f"{kind} of {made.graph.model}"
+            self.agreement.agree(what, made.signature())
+            self.agreement.agree_on_model(what, made.signature(MODEL))
             adopt(made)
             return made
 
@@ -120,13 +130,8 @@ class Planner:
 
     def _lines(self, layout: Layout, spec: OptimizerSpec | None) -> list[str]:
         """What ranks compare of a layout."""
-        config, client = self.config, self.client
-        lines = [
-            f"stage {config.zero_optimization.stage}, "
-            f"accumulation {config.batch(self.world.size).accumulation}, "
-            f"clipping {config.gradient_clipping}, optimizer {spec.rule.name if spec else 'none'}",
-            *layout.mesh.lines(),
-        ]
+        client = self.client
+        lines = [self._head(spec), *layout.mesh.lines()]
         for bucket in layout.buckets.values():
             lines += [f"{bucket.name} is persistent"] if bucket.persistent else []
             for param in layout.bucket_params(bucket.name):
@@ -135,3 +140,20 @@ class Planner:
                 taken = client.steps(self.module.get_parameter(param.name)) if client else 0
                 lines.append(f"{line} after {taken} steps" if taken else line)
         return lines
+
+    def _shared(self, layout: Layout, spec: OptimizerSpec | None) -> list[str]:
+        """What model-parallel ranks compare of a layout: all but the shapes of their parts."""
+        lines = [self._head(spec), *layout.mesh.lines()]
+        for param in layout.params.values():
+            shape = "own part" if param.parallel else list(param.shape)
+            trained = "trainable" if param.trainable else "frozen"
+            lines.append(f"{param.name} {short(param.dtype)} {shape} {trained}")
+        return lines
+
+    def _head(self, spec: OptimizerSpec | None) -> str:
+        config = self.config
+        return (
+            f"stage {config.zero_optimization.stage}, "
+            f"accumulation {config.batch(self.world.size).accumulation}, "
+            f"clipping {config.gradient_clipping}, optimizer {spec.rule.name if spec else 'none'}"
+        )

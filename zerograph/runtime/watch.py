@@ -146,10 +146,14 @@ class Watch:
 
 
 def _is_native(node: fx.Node) -> bool:
-    """Whether a program's node starts or waits for one of the backend's own collectives."""
+    """Whether a program's node starts or waits for one of the backend's own collectives.
+
+    Those that the model makes itself are none of the plan's, and have no name.
+    """
     if node.op != "call_function":
         return False
-    return starts_collective(node) or waits_for_collective(node)
+    named = starts_collective(node) and "called" in node.meta
+    return named or waits_for_collective(node)
 
 
 class _Message:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from zerograph import compat
 from zerograph.collectives import Algorithm, Channel, algorithm_for
 from zerograph.errors import PlanError
-from zerograph.mesh import ALL, Mesh
+from zerograph.mesh import ALL, MODEL, Mesh
 
 CHANNELS = ("gathers", "reductions")
 """Groups of their own, so that neither kind of collective queues behind the other."""
@@ -28,7 +28,11 @@ _channels: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[str, Key], Channel]] 
 
 @dataclass(frozen=True)
 class World:
-    """Data-parallel ranks. Without torch.distributed it is one process."""
+    """Data-parallel ranks. Without torch.distributed it is one process.
+
+    With a model-parallel group the processes are a grid (model_parallel.py): `rank`, `size` and `group` are
+    of those that have the same part of the model.
+    """
 
     rank: int
     size: int
@@ -36,6 +40,10 @@ class World:
     group: dist.ProcessGroup | None
     grid: Mesh | None = None
     """The axes of the ranks; None for one axis."""
+    model: "World | None" = None
+    """The ranks that compute one batch together, as a world of their own; None for each alone."""
+    label: str = ""
+    """What tells this world from others of the same processes, the same on all of its ranks."""
 
     def over(self, mesh: Mesh) -> "World":
         """The same ranks on a mesh."""
@@ -43,7 +51,9 @@ class World:
 
     @property
     def mesh(self) -> Mesh:
-        return self.grid if self.grid is not None else Mesh.flat(self.size)
+        if self.grid is not None:
+            return self.grid
+        return Mesh.flat(self.size, self.model.size if self.model else 1)
 
     @property
     def place(self) -> int:
@@ -57,6 +67,8 @@ class World:
     def group_along(self, axis: str) -> dist.ProcessGroup:
         """This rank's process group along an axis. The first asked for makes all, on all ranks together."""
         assert self.group is not None
+        if axis == MODEL and self.model is not None:
+            return self.model.group_along(ALL)
         if axis == ALL:
             return self.group
         made = _groups.setdefault(self.group, {})
@@ -94,12 +106,24 @@ class World:
     def broadcast(self, tensor: torch.Tensor, source: int = 0) -> None:
         """Overwrite `tensor` with rank `source`'s, in place."""
         if self.size > 1:
-            dist.broadcast(tensor, src=source, group=self.group)
+            dist.broadcast(tensor, group=self.group, group_src=source)
 
     def part(self, full: torch.Tensor, axis: str) -> torch.Tensor:
         """A copy of this rank's slice [n] of `full` [n * size], cut over an axis."""
         size, place = full.numel() // self.mesh.size(axis), self.mesh.index(axis, self.rank)
         return full[place * size : (place + 1) * size].clone()
+
+    def share(self, value: torch.Tensor, axis: str) -> torch.Tensor:
+        """A copy of this rank's share [share] of a dense `value`, which all ranks along an axis have.
+
+        Shares are cut from its storage; the last ones may be padded at their ends.
+        """
+        assert self.model is not None, axis
+        flat = value.as_strided((value.numel(),), (1,))
+        length = -(-value.numel() // self.model.size)
+        own = flat[length * self.model.rank : length * (self.model.rank + 1)]
+        padding = length - len(own)
+        return torch.nn.functional.pad(own, (0, padding)) if padding else own.clone()
 
     def all_gather(self, shard: torch.Tensor) -> torch.Tensor:
         """The shards [n] of all ranks that hold a bucket together, in their order [n * slices]."""

@@ -85,6 +85,7 @@ def _buckets(graph: TrainGraph) -> Iterator[str]:
     for b in buckets:
         count = f"{len(b.params)} param{'s' * (len(b.params) != 1)}"
         frozen = ("" if b.trainable else "  frozen") + ("  persistent" if b.persistent else "")
+        frozen += "  own parts" if graph.layout.parallel(b.name) else ""
         yield (
             f"  {b.name:<4} {b.block:<{width}}  {count:<10} {short(b.dtype):<5}"
             f"{b.numel:>12} {b.shard_numel:>10}/rank{frozen}"

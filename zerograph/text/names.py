@@ -6,6 +6,7 @@ from torch import fx
 
 from zerograph import ops
 from zerograph.ir import TrainGraph
+from zerograph.mesh import MODEL
 from zerograph.nodes import axis_of, bucket_of, is_call, role_of
 from zerograph.sizes import Sizes
 
@@ -54,9 +55,9 @@ def folded_names(names: Names) -> Names:
 
 
 def _folded(node: fx.Node, name: str) -> str:
-    """A name in a skeleton; a copy to the host or back is named after a value, which has no number there."""
+    """A name in a skeleton; what is kept elsewhere is named after a value, which has no number there."""
     start = node.args[0] if is_call(node, ops.wait) else node
-    if is_call(cast(fx.Node, start), *ops.COPIES):
+    if is_call(cast(fx.Node, start), *ops.COPIES, ops.partition_activation, ops.gather_activation):
         return f"%_.{name.rpartition('.')[2]}"
     return name if is_kept(node) else "%_"
 
@@ -74,6 +75,10 @@ def _zero_name(node: fx.Node, names: Names) -> str:
         return f"{names[cast(fx.Node, first)]}.host"
     if is_call(node, ops.reload):
         return f"{names[cast(fx.Node, first)].removesuffix('.host')}.back"
+    if is_call(node, ops.partition_activation):
+        return f"{names[cast(fx.Node, first)]}.share"
+    if is_call(node, ops.gather_activation):
+        return f"{names[cast(fx.Node, first)].partition('.share')[0]}.whole"
     if is_call(node, ops.param):
         return f"%{node.args[1]}"
     if is_call(node, ops.finish):
@@ -81,7 +86,7 @@ def _zero_name(node: fx.Node, names: Names) -> str:
     if is_call(node, ops.norm_partials, ops.sum_squares):
         return "%partial"
     if is_call(node, ops.gather_partials):
-        return "%partials"
+        return "%partials.mp" if axis_of(node) == MODEL else "%partials"
     if is_call(node, ops.gather_norms):
         return "%norms"
     if is_call(node, ops.any_rank):

@@ -46,7 +46,7 @@ def line_of(node: fx.Node, names: Names) -> Line:
         body = _zero_line(node, names)
         moves = is_call(node, *ops.COLLECTIVES, ops.gather_ahead)
         note = size(collective_bytes(node)) if moves else ""
-        own = is_call(node, ops.checkpoint, *ops.COPIES)
+        own = is_call(node, ops.checkpoint, ops.partition_activation, *ops.COPIES)
         note = size(nbytes(node)) if own else note
     else:
         body = f"{names[node]}: {type_of(node, names)} = {_call(node, names)}"
@@ -104,7 +104,7 @@ def _shown(node: fx.Node) -> Sequence[Any]:
     if is_call(node, ops.reduce_scatter, ops.all_reduce):
         buffer, pre, post, world = args
         return [buffer] if (pre, post) == (1.0, 1 / cast(int, world)) else [buffer, pre, post]
-    if is_call(node, *ops.COLLECTIVES):
+    if is_call(node, *ops.COLLECTIVES, ops.partition_activation):
         return args[:-1]
     return args[:-1] if is_call(node, ops.accumulate) and args[-1] == 1.0 else args
 

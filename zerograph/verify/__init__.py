@@ -6,7 +6,7 @@ about has been provided. A VerifyError says which invariant, at which node, and 
 
 from zerograph.errors import VerifyError
 from zerograph.ir import TrainGraph
-from zerograph.verify import axes, collectives, copies, gradients, norms, step, values
+from zerograph.verify import axes, collectives, copies, gradients, norms, shares, step, values
 from zerograph.verify.common import Check
 
 
@@ -32,6 +32,10 @@ CHECKS: tuple[tuple[frozenset[str], Check], ...] = (
     (_HAS({"specialized"}), copies.offloaded_once),
     (_HAS({"specialized"}), copies.offloaded_ends),
     (_HAS({"specialized"}), copies.reloaded_once),
+    (_HAS({"specialized"}), shares.shared_once),
+    (_HAS({"specialized"}), shares.shared_are_alike),
+    (_HAS({"specialized"}), shares.shared_end),
+    (_HAS({"specialized"}), shares.gathered_once),
     (_HAS({"scaled"}), gradients.gradients_are_scaled),
     (_HAS({"sharded"}), collectives.params_lie_in_their_bucket),
     (_HAS({"gathered"}), collectives.params_are_gathered),
@@ -47,6 +51,7 @@ CHECKS: tuple[tuple[frozenset[str], Check], ...] = (
     (_HAS({"updated"}), step.updated_once),
     (_HAS({"updated"}), step.updates_agree),
     (_HAS({"updated"}), step.norm_covers_all),
+    (_HAS({"updated"}), step.norm_counts_each_once),
     (_HAS({"updated"}), step.updates_stand_behind_reads),
     (_HAS({"updated"}), norms.measured_once),
     (_HAS({"updated"}), norms.norms_are_whole),

@@ -7,7 +7,7 @@ from torch import fx
 
 from zerograph import ops
 from zerograph.ir import TrainGraph
-from zerograph.mesh import ALL
+from zerograph.mesh import ALL, MODEL
 from zerograph.nodes import axis_of, is_call, region_of
 from zerograph.verify.common import bucket_of, say
 
@@ -20,10 +20,14 @@ _OF_SLICES = (
     ops.gather_norms,
 )
 """What is over the ranks that hold a bucket together, unless it is of a slice of the forward's."""
+_OF_MODEL = (ops.partition_activation, ops.gather_activation)
 
 
 def axes_fit(graph: TrainGraph) -> Iterator[str]:
-    """Slices are gathered and reduced over the axis over which they are cut; sums go along the copies."""
+    """Slices are gathered and reduced over the axis over which they are cut; sums go along the copies.
+
+    With model-parallel ranks partials of all data-parallel ones are then gathered among these.
+    """
     mesh = graph.mesh
     for node in graph.nodes():
         due = mesh.cut if is_call(node, *_OF_SLICES) else ALL
@@ -33,8 +37,17 @@ def axes_fit(graph: TrainGraph) -> Iterator[str]:
             due = mesh.second or "no axis"
         elif is_call(node, ops.gather) and is_call(_source(node), ops.partition):
             due = axis_of(_source(node))
+        elif is_call(node, *_OF_MODEL) or _is_of_gathered(graph, node):
+            due = MODEL
         if ops.is_zero(node.target) and axis_of(node) != due:
             yield f"{say(node)} is over {axis_of(node) or 'all ranks'}, not {due or 'all ranks'}"
+
+
+def _is_of_gathered(graph: TrainGraph, node: fx.Node) -> bool:
+    """Whether a node gathers partials that this rank has of all data-parallel ranks."""
+    if graph.mesh.model == 1 or not is_call(node, ops.gather_partials):
+        return False
+    return graph.stage == 0 or is_call(_source(node), ops.wait)
 
 
 def slices_are_kept(graph: TrainGraph) -> Iterator[str]:

@@ -5,11 +5,13 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import cast
 
+import torch
 from torch import fx
 
 from zerograph import ops
 from zerograph.ir import TrainGraph
-from zerograph.nodes import Region, is_call
+from zerograph.mesh import MODEL
+from zerograph.nodes import Region, axis_of, is_call
 from zerograph.passes.update_in_backward import reads
 from zerograph.verify.common import bucket_of, say, source_of
 
@@ -109,15 +111,66 @@ def _derives(value: object, sources: set[fx.Node], not_through: set[fx.Node]) ->
 
 
 def norm_covers_all(graph: TrainGraph) -> Iterator[str]:
+    """All gradients that are applied are in the norm's partials, before an update overwrites them."""
     updates = [n for n in graph.nodes(_where(graph)) if is_call(n, ops.update)]
+    partials = [n for n in graph.nodes("step") if is_call(n, ops.norm_partials, ops.sum_squares)]
+    terms = {node: cast(list[fx.Node], node.args[0]) for node in partials}
+    covered = Counter(_squared(term) for found in terms.values() for term in found)
+    if partials and covered != Counter(n.args[1] for n in updates):
+        names = ", ".join(node.name for node in partials)
+        yield f"{names} does not cover the gradients that are applied"
+    for node, found in terms.items():
+        readers = {_squared(term): term for term in found}
+        for update in updates:  # which may overwrite its gradient
+            reader = readers.get(cast(fx.Node, update.args[1]))
+            if reader is not None and update < (reader if is_call(reader, ops.squares) else node):
+                yield f"{say(update)} stands before {node.name}"
+
+
+def _squared(term: fx.Node) -> fx.Node:
+    """The gradient of which a term of the norm is."""
+    return cast(fx.Node, term.args[0]) if is_call(term, ops.squares) else term
+
+
+def norm_counts_each_once(graph: TrainGraph) -> Iterator[str]:
+    """With model-parallel ranks: parts count on each of them, what all have on the first."""
+    if graph.mesh.model == 1:
+        return
+    buckets = {n.args[1]: str(bucket_of(n)) for n in graph.nodes("step") if is_call(n, ops.update)}
+    counted = _counted(graph)
     for node in graph.nodes("step"):
-        if is_call(node, ops.norm_partials, ops.sum_squares):
-            found = cast(list[fx.Node], node.args[0])
-            readers = {n.args[0] if is_call(n, ops.squares) else n: n for n in found}
-            grads = [n.args[0] if is_call(n, ops.squares) else n for n in found]
-            if Counter(grads) != Counter(n.args[1] for n in updates):
-                yield f"{node.name} does not cover the gradients that are applied"
-            for update in updates:  # which may overwrite its gradient
-                reader = readers.get(update.args[1], node)
-                if update < (reader if is_call(reader, ops.squares) else node):
-                    yield f"{say(update)} stands before {node.name}"
+        if not is_call(node, ops.norm_partials):
+            continue
+        grads = cast(list[fx.Node], node.args[0])
+        parallel = {graph.layout.parallel(buckets[g]) for g in grads if g in buckets}
+        if len(parallel) > 1:
+            yield f"{node.name} sums parts of parameters and whole ones"
+        if node not in counted:
+            yield f"{node.name} is not gathered over model-parallel ranks"
+            continue
+        gathered, first = counted[node]
+        if parallel == {first is not None}:
+            counts, due = ("all ranks", "one") if first is None else ("one rank", "all")
+            yield f"{node.name} counts {counts} along {MODEL}, not {due}"
+        elif first is not None and first.args[1:] != (0, 0, gathered):
+            yield f"{first.name} takes other partials than the first rank's"
+
+
+def _counted(graph: TrainGraph) -> dict[fx.Node, tuple[int, fx.Node | None]]:
+    """By partials that the norm sums over model-parallel ranks: how many a rank has, and a slice of them."""
+    finishes = [n for n in graph.nodes("step") if is_call(n, ops.finish)]
+    if not finishes:
+        return {}
+    joined = cast(fx.Node, finishes[0].args[0])
+    several = is_call(joined, torch.ops.aten.cat.default)
+    found: dict[fx.Node, tuple[int, fx.Node | None]] = {}
+    for term in cast(list[fx.Node], joined.args[0]) if several else [joined]:
+        first = term if is_call(term, torch.ops.aten.slice.Tensor) else None
+        gather = source_of(cast(fx.Node, term.args[0]) if first is not None else term)
+        if is_call(gather, ops.gather_partials) and axis_of(gather) == MODEL:
+            own = cast(fx.Node, gather.args[0])
+            start = source_of(own)
+            if is_call(start, ops.gather_partials):
+                start = source_of(cast(fx.Node, start.args[0]))
+            found[start] = len(own.meta["val"]), first
+    return found

@@ -130,11 +130,19 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "lamb": Blocks,
     "early": Blocks,
     "host": functools.partial(Blocks, 3),
+    "arena": functools.partial(Blocks, 3),
 }
 GIVEN: dict[str, dict[str, Any]] = {
     "half": {"fp16": {"enabled": True}},
     "lamb": {"optimizer": {"type": "Lamb"}},
     "host": {"activation_checkpointing": {"number_checkpoints": 3, "cpu_checkpointing": True}},
+    "arena": {
+        "activation_checkpointing": {
+            "number_checkpoints": 3,
+            "contiguous_memory_optimization": True,
+            "synchronize_checkpoint_boundary": True,
+        }
+    },
     "early": {"gradient_clipping": 0.0, "compile": {"update_in_backward": True}},
 }
 """What the config of a model says beside `config(stage)`."""

@@ -21,6 +21,8 @@ from zerograph.ir import TrainGraph
 from zerograph.layout import layout_of
 from zerograph.optimizer import OptimizerSpec, optimizer_of
 from zerograph.passes import (
+    Arena,
+    Bracket,
     Checkpoint,
     Gather,
     InPlace,
@@ -160,7 +162,11 @@ def passes_for(
     overlaps = zero.overlap_comm is not False
     weighted = config.compile.weighted_accumulation
     activations = config.activation_checkpointing
-    moved = [Offload(overlaps=overlaps)] if activations.cpu_checkpointing else []
+    moved: list[pipeline.Pass] = []
+    moved += [Offload(overlaps=overlaps)] if activations.cpu_checkpointing else []
+    moved += [Arena()] if activations.contiguous_memory_optimization else []
+    boundary = activations.synchronize_checkpoint_boundary, activations.profile
+    brackets = [Bracket(*boundary)] if any(boundary) else []
     early = [UpdateInBackward()] if config.compile.update_in_backward else []
     return [
         Normalize(recast=zero.stage == 3),
@@ -191,6 +197,7 @@ def passes_for(
             any_size=overlaps and "stage3_prefetch_bucket_size" not in zero.model_fields_set,
             across=across,
         ),
+        *brackets,
     ]
 
 

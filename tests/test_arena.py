@@ -123,6 +123,8 @@ def test_arenas_are_made_once() -> None:
     loss, _ = step(engine)
     assert [each.data_ptr() for each in memory_of(engine)] == [memory.data_ptr()]
     assert loss == loss and not memory.isnan().any()
+    engine.destroy()
+    assert memory_of(engine) == []
 
 
 def test_forwards_before_the_backwards_of_others() -> None:
@@ -136,13 +138,16 @@ def test_forwards_before_the_backwards_of_others() -> None:
         assert len(memory_of(engine)) == (0 if extra is OFF else 3)
         with torch.no_grad():
             engine(**tiny.batch(ROWS, WIDE))
+        assert not engine.plan.graph.placeholders("arena")
         engine.backward(first, retain_graph=True)
         third = engine(**tiny.batch(ROWS, WIDE))["loss"]
         for loss in (first, third, second):
             engine.backward(loss)
         assert len(memory_of(engine)) == (0 if extra is OFF else 3)
+        other = engine(**tiny.batch(ROWS, WIDE))["logits"].square().mean()
+        engine.backward(other)  # by a program that is made now, for the gradient of another output
         found.append(engine.gradients())
-        del first, second, third, loss
+        del other, first, second, third, loss
         checkpointing.reset()
         assert memory_of(engine) == []
         step(engine)
@@ -168,18 +173,6 @@ def test_sizes_may_vary() -> None:
             (arena,) = engine.plan.graph.placeholders("arena")
             assert "*s" in str(engine.plan) and arena.meta["val"].shape[0] == DEPTH
     assert losses["off"] == losses["on"] == losses["host"]
-
-
-def test_other_gradients_that_arrive() -> None:
-    """The backward of another output, made later, finds what the forward placed."""
-    found = []
-    for extra in (OFF, ON):
-        engine = zerograph.compile(model(), config_for(0, **extra))
-        torch.manual_seed(1)
-        output = engine(**tiny.batch(ROWS, WIDE))
-        engine.backward(output["logits"].square().mean())
-        found.append(engine.gradients())
-    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
 @pytest.mark.parametrize("extra", [ON, HOST])
@@ -294,20 +287,6 @@ def test_a_gradient_leaves_as_a_copy() -> None:
     assert is_call(gradient.args[0], ops.place)
 
 
-def test_without_a_backward_nothing_is_lent() -> None:
-    engine = zerograph.compile(model().eval(), config_for(0, **ON))
-    with torch.no_grad():
-        engine(**tiny.batch(ROWS, WIDE))
-    assert memory_of(engine) == [] and not engine.plan.graph.placeholders("arena")
-
-
-def test_a_destroyed_engine_has_no_arenas() -> None:
-    engine = zerograph.compile(model(), config_for(0, **ON))
-    step(engine)
-    engine.destroy()
-    assert memory_of(engine) == []
-
-
 def test_it_needs_number_checkpoints() -> None:
     with pytest.raises(ConfigError, match="needs number_checkpoints, the number of checkpoints"):
         load_config({"activation_checkpointing": {"contiguous_memory_optimization": True}})
@@ -323,17 +302,21 @@ def test_shares_are_no_part_of_it() -> None:
 # Boundaries that are waited for, and timed
 
 
-def test_regions_are_timed(monkeypatch: Any) -> None:
+def test_regions_are_waited_for_and_timed(monkeypatch: Any) -> None:
     """A line a region in each forward and each backward; no number depends on it."""
     found: list[Any] = []
     said: list[str] = []
+    waits: list[Any] = []
     log = logging.getLogger("zerograph")
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
     monkeypatch.setattr(log, "info", lambda form, *args: said.append(form % args))
     boundary = keys(synchronize_checkpoint_boundary=True, profile=True)
     for extra in (OFF, boundary):
         engine = zerograph.compile(model(), config_for(0, **extra))
         torch.manual_seed(1)
+        engine.state.regions.device = torch.device("cuda:0")
         found.append(step(engine))
+    assert waits == [torch.device("cuda:0")] * (4 * DEPTH)  # in and out, forward and backward
     assert found[0][0] == found[1][0]
     assert all(torch.equal(value, found[1][1][name]) for name, value in found[0][1].items())
     lines = [line for line in said if "checkpointed region" in line]
@@ -358,16 +341,6 @@ def test_what_is_between_the_brackets() -> None:
         elif not ops.is_zero(node.target) and module_of(node).startswith("blocks."):
             assert open_ and module_of(node).startswith(open_[0]), node
     assert 'zero.enter "blocks.1" synchronize\n' in str(plan)
-
-
-def test_the_device_is_waited_for(monkeypatch: Any) -> None:
-    waits: list[Any] = []
-    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
-    engine = zerograph.compile(model(), config_for(0, **keys(synchronize_checkpoint_boundary=True)))
-    engine.state.regions.device = torch.device("cuda:0")
-    step(engine)
-    assert waits == [torch.device("cuda:0")] * (4 * DEPTH)  # in and out, forward and backward
-    assert engine.state.regions.seconds == {}
 
 
 @pytest.mark.parametrize("key", ["synchronize_checkpoint_boundary", "profile"])

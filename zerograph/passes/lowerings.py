@@ -31,7 +31,7 @@ def _checkpoint(b: "Builder", node: fx.Node) -> fx.Node:
     return value
 
 
-def _enter(b: "Builder", node: fx.Node) -> fx.Node:
+def _bracket(b: "Builder", node: fx.Node) -> fx.Node:
     name, _, profiles = node.args
     return b.start("regions", name_of(node), name, b.region, profiles)
 
@@ -266,8 +266,8 @@ def _gather_ahead(b: "Builder", node: fx.Node) -> fx.Node | None:
 
 HANDLERS: dict[Any, Handler] = {
     ops.checkpoint: _checkpoint,
-    ops.enter: _enter,
-    ops.leave: _enter,
+    ops.enter: _bracket,
+    ops.leave: _bracket,
     ops.place: _place,
     ops.offload: _offload,
     ops.reload: _reload,

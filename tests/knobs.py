@@ -371,6 +371,50 @@ KNOBS = (
         model="parallel",
     ),
     Knob(
+        "activation_checkpointing.contiguous_memory_optimization",
+        "What enters a region lies in a row of an arena, which is an input of the forward and the same from "
+        "step to step. The operator that makes it writes it there, if it can; else it is copied.",
+        base(activation_checkpointing={"number_checkpoints": 2}),
+        base(
+            activation_checkpointing={
+                "number_checkpoints": 2,
+                "contiguous_memory_optimization": True,
+            }
+        ),
+    ),
+    Knob(
+        "activation_checkpointing.contiguous_memory_optimization",
+        "With `cpu_checkpointing` the arena is in the host's memory.",
+        base(activation_checkpointing={"number_checkpoints": 2, "cpu_checkpointing": True}),
+        base(
+            activation_checkpointing={
+                "number_checkpoints": 2,
+                "cpu_checkpointing": True,
+                "contiguous_memory_optimization": True,
+            }
+        ),
+        variant="host",
+        model="tall",
+    ),
+    Knob(
+        "activation_checkpointing.synchronize_checkpoint_boundary",
+        "The device is waited for where a region begins and where it ends, in forward and backward.",
+        base(activation_checkpointing={"number_checkpoints": 2}),
+        base(
+            activation_checkpointing={
+                "number_checkpoints": 2,
+                "synchronize_checkpoint_boundary": True,
+            }
+        ),
+    ),
+    Knob(
+        "activation_checkpointing.profile",
+        "The time of each region is logged, in the forward and in the backward. For that the device is "
+        "waited for where it begins and where it ends.",
+        base(activation_checkpointing={"number_checkpoints": 2}),
+        base(activation_checkpointing={"number_checkpoints": 2, "profile": True}),
+    ),
+    Knob(
         "compile.activation_budget",
         "What the forward keeps is chosen: so many bytes, or, up to 1, a fraction of the way from the least "
         "that works to all, so that the FLOPs computed again are least.",

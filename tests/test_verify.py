@@ -1372,6 +1372,94 @@ def norm_sums_parts_with_the_rest(graph: TrainGraph) -> None:
     set_arg(rest, 0, [*rest.args[0], grad])
 
 
+# Arenas
+
+
+def placed(graph: TrainGraph, index: int = 0) -> fx.Node:
+    return [node for node in graph.nodes() if is_call(node, ops.place)][index]
+
+
+@fault(0, "add_1 and add both lie in row 1 of arena a0", model="arena")
+def values_in_one_row(graph: TrainGraph) -> None:
+    set_arg(placed(graph, 2), 2, 1)
+
+
+@fault(0, "add_1 lies in row 3 of arena a0, which has 3", model="arena")
+def value_behind_its_arena(graph: TrainGraph) -> None:
+    set_arg(placed(graph, 2), 2, 3)
+
+
+@fault(0, "lies in arena a1, whose rows are of 64 B, and has 128 B", model="arena")
+def value_in_an_arena_of_other_values(graph: TrainGraph) -> None:
+    with graph.fake_mode:
+        small = graph.add_placeholder("arena", "a1", torch.empty(1, 16))
+    set_arg(placed(graph), 1, small)
+    set_arg(placed(graph), 2, 0)
+
+
+@fault(0, "lies in arena a1 of torch.float64 on cpu, and is torch.float32 on cpu", model="arena")
+def value_in_an_arena_of_another_dtype(graph: TrainGraph) -> None:
+    with graph.fake_mode:
+        other = graph.add_placeholder("arena", "a1", torch.empty(1, 32, dtype=torch.float64))
+    set_arg(placed(graph), 1, other)
+    set_arg(placed(graph), 2, 0)
+    placed(graph).args = placed(graph).args[:3]
+
+
+@fault(0, "add in arena a0 is placed in the forward and saved 2 times, not once", model="arena")
+def placed_and_saved_twice(graph: TrainGraph) -> None:
+    save(graph, placed(graph, 1))
+
+
+@fault(0, "checkpoint_default_1 reads add, not its place in an arena", model="arena")
+def reading_what_was_copied(graph: TrainGraph) -> None:
+    place = placed(graph, 1)
+    reader = next(user for user in place.users if user.op != "output")
+    reader.replace_input_with(place, place.args[0])
+
+
+@fault(0, "getitem_3 cannot write getitem_3 into its place", model="arena")
+def an_operator_that_cannot_write_its_place(graph: TrainGraph) -> None:
+    place = placed(graph, 1)
+    add = place.args[0]
+    add.replace_all_uses_with(add.args[1])
+    drop(graph, add)
+
+
+@fault(0, "backward output place_default_1 lies in an arena", model="arena", after="arena")
+def a_gradient_that_lies_in_an_arena(graph: TrainGraph) -> None:
+    graph.set_outputs(backward=[placed(graph, 1), *graph.outputs("backward")[1:]])
+
+
+@fault(0, "forward output add lies in an arena", model="arena", after="arena")
+def a_result_that_lies_in_an_arena(graph: TrainGraph) -> None:
+    graph.set_outputs(forward=[placed(graph, 1).args[0], *graph.outputs("forward")[1:]])
+
+
+# Brackets
+
+
+@fault(0, "region blocks.1 in the forward does not end", model="arena", after="bracket")
+def region_that_does_not_end(graph: TrainGraph) -> None:
+    drop(graph, find(graph, ops.leave, "blocks.1", "forward"))
+
+
+@fault(0, "region blocks.2 in the forward ends where it has not", model="arena", after="bracket")
+def region_that_ends_twice(graph: TrainGraph) -> None:
+    repeat(graph, find(graph, ops.leave, "blocks.2", "forward"))
+
+
+@fault(0, "region blocks.1 in the forward begins twice", model="arena", after="bracket")
+def region_that_begins_twice(graph: TrainGraph) -> None:
+    repeat(graph, find(graph, ops.enter, "blocks.1", "forward"))
+
+
+@fault(0, "runs before it begins or after it ends", model="arena", after="bracket")
+def region_that_ends_early(graph: TrainGraph) -> None:
+    leave = find(graph, ops.leave, "blocks.1", "forward")
+    move(leave, find(graph, ops.enter, "blocks.1", "forward").next)
+
+
 # The tests
 
 
@@ -1391,7 +1479,7 @@ def test_good_plan_that_updates_in_the_backward_passes(stage: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "model", ["blocks", "batch_norm", "partly", "half", "lamb", "host", "shared"]
+    "model", ["blocks", "batch_norm", "partly", "half", "lamb", "host", "shared", "arena"]
 )
 @pytest.mark.parametrize("stage", range(4))
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -132,6 +132,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "early": Blocks,
     "host": functools.partial(Blocks, 3),
     "shared": functools.partial(parallel.Parallel, 3, 2, "mp"),
+    "arena": functools.partial(Blocks, 3),
 }
 GIVEN: dict[str, dict[str, Any]] = {
     "half": {"fp16": {"enabled": True}},
@@ -139,6 +140,13 @@ GIVEN: dict[str, dict[str, Any]] = {
     "host": {"activation_checkpointing": {"number_checkpoints": 3, "cpu_checkpointing": True}},
     "shared": {
         "activation_checkpointing": {"number_checkpoints": 3, "partition_activations": True}
+    },
+    "arena": {
+        "activation_checkpointing": {
+            "number_checkpoints": 3,
+            "contiguous_memory_optimization": True,
+            "synchronize_checkpoint_boundary": True,
+        }
     },
     "early": {"gradient_clipping": 0.0, "compile": {"update_in_backward": True}},
 }

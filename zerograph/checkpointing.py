@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch.utils.checkpoint
 
 from zerograph.config import ZeroConfig, load_config
+from zerograph.runtime.arenas import release_all
 
 Source = Mapping[str, Any] | str | os.PathLike[str] | ZeroConfig
 
@@ -78,10 +79,12 @@ def is_configured() -> bool:
 
 
 def reset() -> None:
-    """Let go of buffers that hold checkpoints between calls. There are none: nothing need be done.
+    """Let go of the arenas of contiguous_memory_optimization that hold nothing now; they are made again.
 
-    DeepSpeed's frees those of contiguous_memory_optimization, and like it this takes back no `configure`.
+    Like DeepSpeed's it takes back no `configure`. No forward needs it: one that is called before the backward
+    of another has arenas of its own.
     """
+    release_all()
 
 
 def configured(config: ZeroConfig) -> ZeroConfig:

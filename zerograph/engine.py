@@ -306,6 +306,7 @@ class Engine:
         if self.optimizer is not None:
             self.optimizer.release()
         self._programs.clear()
+        self._run.arenas.release()
         self.state.storages.clear()
         return self.module
 

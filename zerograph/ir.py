@@ -6,6 +6,7 @@ The graph has three regions, in this order: forward, backward, step. Its placeho
     buffer     a buffer of the module                      name = FQN
     constant   a tensor that the module's code captured    name = c0, c1, ...
     input      a tensor argument of the forward            name = its path in the call
+    arena      memory for what is kept for the backward    name = a0, a1, ... (a row a value)
     size       a size that varies from call to call        name = s0, s1, ... (sizes.py)
     tangent    the gradient of an output that arrived      name = the output's path
     full       a bucket's full storage (stages 0 to 2)     name = bucket

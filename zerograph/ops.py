@@ -6,7 +6,11 @@ them into collectives and kernels. `world` is a number of ranks, of all or of th
 operator knows a rank.
 
     checkpoint      a value that enters a checkpointed region: kept for the backward, which recomputes from it
-    offload         start a copy of a value to the host's memory; it is pending until waited for
+    enter, leave    a checkpointed region begins, or ends: wait for the device, or note the time
+    place           a value that is kept for the backward, in its row of an arena. In place: the operator
+                    that makes it wrote it there
+    offload         start a copy of a value to the host's memory, with an arena to its row there; it is
+                    pending until waited for
     reload          start the copy of such a result back to the device
     partition_activation  this rank's share of a value that all model-parallel ranks have, as a copy
     gather_activation     start an all-gather of such shares; the result is flat, with padding at its end
@@ -72,8 +76,23 @@ def checkpoint(value: Tensor, region: str) -> Tensor:
     return torch.empty_like(value)
 
 
-@_define("offload(Tensor value) -> Tensor")
-def offload(value: Tensor) -> Tensor:
+@_define("enter(str region, bool synchronizes, bool profiles) -> ()")
+def enter(region: str, synchronizes: bool, profiles: bool) -> None:
+    return None
+
+
+@_define("leave(str region, bool synchronizes, bool profiles) -> ()")
+def leave(region: str, synchronizes: bool, profiles: bool) -> None:
+    return None
+
+
+@_define("place(Tensor value, Tensor arena, int row, bool in_place=False) -> Tensor")
+def place(value: Tensor, arena: Tensor, row: int, in_place: bool = False) -> Tensor:
+    return torch.empty_like(value)
+
+
+@_define("offload(Tensor value, Tensor? arena=None, int row=0) -> Tensor")
+def offload(value: Tensor, arena: Tensor | None = None, row: int = 0) -> Tensor:
     return torch.empty_like(value, device="cpu")
 
 
@@ -286,7 +305,20 @@ COPIES = (offload, reload)
 They are no collectives: ranks need not agree on them.
 """
 
-EFFECTS = (*COLLECTIVES, gather_ahead, refreshed, wait, release, put, accumulate, measure, update)
+BRACKETS = (enter, leave)
+
+EFFECTS = (
+    *COLLECTIVES,
+    *BRACKETS,
+    gather_ahead,
+    refreshed,
+    wait,
+    release,
+    put,
+    accumulate,
+    measure,
+    update,
+)
 """Operators that dead-code elimination must keep even when nobody uses their result."""
 
 

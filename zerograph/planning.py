@@ -23,6 +23,8 @@ from zerograph.ir import TrainGraph
 from zerograph.layout import layout_of
 from zerograph.optimizer import OptimizerSpec, optimizer_of
 from zerograph.passes import (
+    Arena,
+    Bracket,
     Checkpoint,
     Gather,
     InPlace,
@@ -192,6 +194,9 @@ def passes_for(
         moved.append(Partition(overlaps=overlaps, joins=joins))
     if activations.cpu_checkpointing:
         moved.append(Offload(overlaps=overlaps))
+    moved += [Arena()] if activations.contiguous_memory_optimization else []
+    boundary = activations.synchronize_checkpoint_boundary, activations.profile
+    brackets = [Bracket(*boundary)] if any(boundary) else []
     early = [UpdateInBackward()] if config.compile.update_in_backward else []
     return [
         Normalize(recast=zero.stage == 3),
@@ -222,6 +227,7 @@ def passes_for(
             any_size=overlaps and "stage3_prefetch_bucket_size" not in zero.model_fields_set,
             across=across,
         ),
+        *brackets,
     ]
 
 

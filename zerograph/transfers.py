@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from zerograph.arenas import row
+
 
 @dataclass
 class Copy:
@@ -25,8 +27,13 @@ class Copy:
     """Recorded behind the copy; None where it is done."""
 
 
-def offload(value: Tensor) -> Copy:
-    """Start a copy of `value` to the host: pinned if it comes from CUDA, a tensor of its own on a CPU."""
+def offload(value: Tensor, arena: Tensor | None = None, place: int = 0) -> Copy:
+    """Start a copy of `value` to the host: pinned if it comes from CUDA, a tensor of its own on a CPU.
+
+    With an arena [values, length], which is on the host, the copy is row `place` of it.
+    """
+    if arena is not None:
+        return _start(value, row(arena, place, value), value.device)
     host = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
     return _start(value, host, value.device)
 

@@ -65,30 +65,12 @@ _PRECISION = (
 )
 
 _REST = (
-    *refused(
-        under(
-            "activation_checkpointing",
-            "contiguous_memory_optimization",
-        ),
-        "checkpoints are kept whole, each in a storage of its own",
-        OFF,
-        False,
-    ),
     *built(
         under(
             "activation_checkpointing",
-            "number_checkpoints cpu_checkpointing partition_activations",
+            "number_checkpoints cpu_checkpointing partition_activations "
+            "contiguous_memory_optimization synchronize_checkpoint_boundary profile",
         )
-    ),
-    *advises(
-        "activation_checkpointing.synchronize_checkpoint_boundary",
-        "regions are parts of one graph, and no call at a boundary can wait for the device",
-        False,
-    ),
-    *advises(
-        "activation_checkpointing.profile",
-        "plan.timeline() predicts the time of every node, and zerograph.record(engine) measures it",
-        False,
     ),
     *advises("aio", "nothing is read from or written to NVMe"),
     *refused(

@@ -6,6 +6,7 @@
     zero.wait %b0, zero.put      their first argument's
     a gradient put in place      its buffer's
     zero.partition %b1           one of its own, of parameters
+    zero.place %1, %a0[3]        the arena's, and so does %1 if it is made in place
     %b0.sum = zero.accumulate    %b0.kept's; the gradient's own where nothing is kept yet
 
 as the lowered program has it, which forgets each value at its last use. Longer lives:
@@ -13,7 +14,7 @@ as the lowered program has it, which forgets each value at its last use. Longer 
     an input of a collective     until its wait; of a copy to the host, or from it, as well
     what the forward saves       at least to the end of the forward
     what the forward returns     to the end of the step: the caller may hold its outputs
-    the batch                    throughout
+    the batch, an arena          throughout
     an arriving gradient         to the end of the backward: autograd holds it
 
 The kernel of an update makes nothing; a user's own class is given copies of gradients. What any other
@@ -27,7 +28,7 @@ from typing import Any, cast
 from torch import Tensor, fx
 
 from zerograph import ops
-from zerograph.codegen import in_place
+from zerograph.codegen import arenas, in_place
 from zerograph.codegen.rules import rule_of
 from zerograph.compat import hint
 from zerograph.ir import TrainGraph
@@ -78,7 +79,7 @@ class Lifetimes:
     of: dict[fx.Node, list[Stored]] = field(default_factory=dict)
     """The storages that a value lies in: several for an operator with several results."""
     buffers: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    """The buffers that gradients are written to by the operators that make them."""
+    """The buffers and arenas that values are written to by the operators that make them."""
 
     @classmethod
     def read(cls, graph: TrainGraph, nodes: list[fx.Node]) -> "Lifetimes":
@@ -86,6 +87,8 @@ class Lifetimes:
         made = cls(graph, nodes)
         for source, put, _ in in_place.writers(nodes):
             made.buffers[source] = in_place.buffer_of(put)
+        for source, place in arenas.writers(nodes):
+            made.buffers[source] = cast(fx.Node, arenas.arena_of(place))
         regions = [region_of(node) for node in nodes]
         forward = regions.count("forward")
         backward = forward + regions.count("backward")
@@ -101,6 +104,11 @@ class Lifetimes:
         kind, end = role_of(node).kind, len(self.nodes) - 1
         if kind in _RESIDENT:
             self.of[node] = []
+        elif kind == "arena":
+            category = HOST if self._on_host(node) else "activations"
+            (nbytes,) = _sizes(node.meta["val"])
+            self.of[node] = [Stored(f"arena {role_of(node).name}", category, nbytes, 0, end)]
+            self.found += self.of[node]
         elif kind == "kept":
             later = self.graph.notes.get("accumulation", 1) > 1
             self.of[node] = self._new(node, 0, "gradients") if later else []
@@ -110,6 +118,9 @@ class Lifetimes:
             self.of[node] = self._new(node, 0, "inputs", end)
         else:
             self.of[node] = self._new(node, backward, "inputs")
+
+    def _on_host(self, arena: fx.Node) -> bool:
+        return all(is_call(user, ops.offload) for user in arena.users)
 
     def _call(self, index: int, node: fx.Node) -> None:
         for source in node.all_input_nodes:
@@ -135,6 +146,9 @@ class Lifetimes:
     def _lies_in(self, index: int, node: fx.Node) -> list[Stored]:
         if node in self.buffers:
             return self.of[self.buffers[node]]
+        arena = arenas.arena_of(node)
+        if arena is not None:
+            return self.of[arena]
         first = node.args[0] if node.args else None
         if not isinstance(first, fx.Node):
             return self._new(node, index, self._category(node))

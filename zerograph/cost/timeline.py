@@ -138,6 +138,8 @@ class _Rank:
                 started[node] = index
             if is_call(node, ops.gather_ahead, ops.refresh):
                 self.ahead[name_of(node), bucket_of(node)] = index
+            elif is_call(node, *ops.BRACKETS):
+                self.host = max(self.host, self.now)
             elif is_call(node, ops.refreshed):
                 self._await(started.get(node, -1))
             elif is_call(node, ops.wait):

@@ -36,7 +36,14 @@ class Work:
     """The type of the products, which decides how fast a device makes them."""
 
 
-_WITHOUT_WORK = (ops.gather_ahead, ops.refreshed, ops.wait, ops.release, ops.grad_buffer)
+_WITHOUT_WORK = (
+    *ops.BRACKETS,
+    ops.gather_ahead,
+    ops.refreshed,
+    ops.wait,
+    ops.release,
+    ops.grad_buffer,
+)
 
 
 def work_of(node: fx.Node) -> Work:
@@ -192,6 +199,11 @@ def _copied(node: fx.Node, given: Arguments) -> int:
     return _bytes(given["src"], node.meta["val"])
 
 
+def _placed(node: fx.Node, given: Arguments) -> int:
+    """The value is read and written, unless it was made in its place."""
+    return 0 if given.get("in_place") else 2 * _bytes(node.meta["val"])
+
+
 def _put(node: fx.Node, given: Arguments) -> int:
     """The gradient is read, and written in the buffer's dtype, unless it was made there."""
     if is_in_place(node):
@@ -244,6 +256,8 @@ _TRAFFIC: dict[str, Callable[[fx.Node, Arguments], int]] = {
     "aten.copy": _copied,
     "zero.partition_activation": lambda node, given: 2 * _bytes(node.meta["val"]),
     "zero.partition": lambda node, given: 2 * _bytes(node.meta["val"]),
+    "zero.place": _placed,
+    "zero.offload": _placed,
     "zero.put": _put,
     "zero.accumulate": _accumulate,
     "zero.measure": _measure,

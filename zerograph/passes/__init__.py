@@ -1,5 +1,7 @@
 """One pass a file; the file's name is the pass's name in logs, on the command line and in goldens."""
 
+from zerograph.passes.arena import Arena
+from zerograph.passes.bracket import Bracket
 from zerograph.passes.checkpoint import Checkpoint
 from zerograph.passes.gather import Gather
 from zerograph.passes.in_place import InPlace
@@ -16,6 +18,8 @@ from zerograph.passes.update import Update
 from zerograph.passes.update_in_backward import UpdateInBackward
 
 __all__ = [
+    "Arena",
+    "Bracket",
     "Checkpoint",
     "Gather",
     "InPlace",

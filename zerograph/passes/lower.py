@@ -9,6 +9,8 @@
     zero.release %b0              ->  nothing: a value's storage ends with its last use
     %8 = aten.mm(..)              ->  aten.mm.out(.., out=a view of %b0.grad)
     zero.put %b0.grad, %8 "w" in place   nothing
+    zero.enter "layers.0"         ->  regions.enter("layers.0", "forward", ..)
+    zero.place %2, %a0[3]         ->  arenas.keep(%2, %a0, 3); in place as a gradient is
     zero.update ..                ->  a kernel
 
 Every node of a program carries in `meta["plan"]` the index in `graph.nodes()` of the node that it comes from,
@@ -27,7 +29,7 @@ import torch
 from torch import fx
 
 from zerograph import collectives, ops
-from zerograph.codegen import in_place
+from zerograph.codegen import arenas, in_place
 from zerograph.cost import collective_bytes, name_of
 from zerograph.ir import TrainGraph
 from zerograph.nodes import Region, Role, axis_of, bucket_of, is_ahead, is_call, role_of
@@ -68,6 +70,8 @@ class Program:
     """Names of those that are collectives under way, whose values are still to come."""
     starts: dict[str, Started] = field(default_factory=dict, compare=False)
     """The collectives that it starts, by what errors call each."""
+    placed: dict[str, tuple[str, int]] = field(default_factory=dict, compare=False)
+    """By name of a saved value that lies in an arena, the arena and the row."""
 
 
 GroupName = Callable[[str], str]
@@ -115,6 +119,7 @@ class Builder:
         for source, put, views in in_place.writers(nodes):
             self.writers[source] = put
             self.unseen.update(views)
+        self.writers.update(arenas.writers(nodes))
         first = self.graph.nodes().index(nodes[0]) if nodes else 0
         for index, node in enumerate(nodes, first):
             self._emit(node)
@@ -133,7 +138,8 @@ class Builder:
             if is_call(node, *ops.COLLECTIVES) and not self.alone(node):
                 about = name_of(node), bucket_of(node), axis_of(node), collective_bytes(node)
                 starts[called(node)] = Started(*about)
-        return Program(self.region, module, roles, len(results), first, names, pending, starts)
+        rest = names, pending, starts, arenas.places(self.graph) if saved else {}
+        return Program(self.region, module, roles, len(results), first, *rest)
 
     def _needed(self, nodes: Sequence[fx.Node], results: Sequence[fx.Node | None]) -> list[fx.Node]:
         """Values from outside the region that it reads, in graph order."""
@@ -150,6 +156,7 @@ class Builder:
         shares = any(is_call(n, ops.partition_activation) for n in nodes)
         cuts = several and any(is_call(n, ops.partition) for n in nodes)
         used |= {"mesh"} if shares or cuts else set()
+        used |= {"regions"} if any(is_call(n, *ops.BRACKETS) for n in nodes) else set()
         if self.point_to_point:
             used |= {channel_of(n) for n in nodes if channel_of(n) and not is_ahead(n)}
         for name in sorted(used):
@@ -196,8 +203,11 @@ class Builder:
                 result.meta["called"] = called(node)
 
     def _write(self, node: fx.Node, put: fx.Node) -> fx.Node:
-        buffer = self.values[in_place.buffer_of(put)]
         kwargs = fx.map_arg(node.kwargs, self._value)
+        if is_call(put, ops.place):
+            arena = self.values[cast(fx.Node, arenas.arena_of(put))]
+            return arenas.emit(self.out, node, put, arena, self.args(node), kwargs)
+        buffer = self.values[in_place.buffer_of(put)]
         return in_place.emit(self.out, node, put, buffer, self.args(node), kwargs)
 
     def _mark(self, index: int) -> None:

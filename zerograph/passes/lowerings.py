@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import fx
 
-from zerograph import collectives, ops, transfers
+from zerograph import arenas, collectives, ops, transfers
 from zerograph.codegen import dispatch, in_place, kernels, packing
 from zerograph.cost import name_of
 from zerograph.ir import TrainGraph
@@ -29,6 +29,18 @@ Handler = Callable[["Builder", fx.Node], fx.Node | None]
 def _checkpoint(b: "Builder", node: fx.Node) -> fx.Node:
     value: fx.Node = b.args(node)[0]
     return value
+
+
+def _bracket(b: "Builder", node: fx.Node) -> fx.Node:
+    name, _, profiles = node.args
+    return b.start("regions", name_of(node), name, b.region, profiles)
+
+
+def _place(b: "Builder", node: fx.Node) -> fx.Node:
+    if len(node.args) > 3:  # its operator has written it there
+        value: fx.Node = b.args(node)[0]
+        return value
+    return b.call(arenas.keep, *b.args(node))
 
 
 def _offload(b: "Builder", node: fx.Node) -> fx.Node:
@@ -266,6 +278,9 @@ def _gather_ahead(b: "Builder", node: fx.Node) -> fx.Node | None:
 
 HANDLERS: dict[Any, Handler] = {
     ops.checkpoint: _checkpoint,
+    ops.enter: _bracket,
+    ops.leave: _bracket,
+    ops.place: _place,
     ops.offload: _offload,
     ops.reload: _reload,
     ops.partition_activation: _partition_activation,

@@ -6,7 +6,7 @@
 The backward program is made for the gradients that arrive, at the first backward with them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 from weakref import WeakSet
@@ -19,6 +19,7 @@ from zerograph.errors import PlanError, ZerographError
 from zerograph.nodes import Role, role_of
 from zerograph.passes.lower import GroupName, Program
 from zerograph.plan import Plan
+from zerograph.runtime.arenas import Arenas, require_placed
 from zerograph.runtime.state import State
 from zerograph.trace import Trace
 
@@ -83,6 +84,7 @@ class Runner:
     received: Callable[[Plan], None]
     """Told the plan of every backward that ran."""
     execute: Execute = execute
+    arenas: Arenas = field(default_factory=Arenas)
     anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
     """An input that requires grad, so that autograd always has a reason to come back."""
 
@@ -99,15 +101,22 @@ class Runner:
         return compiled.traced.rebuild(picked)
 
     def forward(
-        self, compiled: Compiled, sizes: tuple[int, ...], inputs: Sequence[Tensor]
+        self,
+        compiled: Compiled,
+        sizes: tuple[int, ...],
+        inputs: Sequence[Tensor],
+        lent: Mapping[str, Tensor] | None = None,
     ) -> tuple[tuple[Any, ...], list[Any]]:
-        """(results in the order of the graph's outputs, saved values); buffers are updated."""
+        """(results in the order of the graph's outputs, saved values); buffers are updated.
+
+        `lent` are the arenas for what is saved.
+        """
         graph = compiled.plan.graph
         by_name = dict(zip((role_of(n).name for n in graph.placeholders("input")), inputs))
         by_symbol = dict(zip((size.name for size in graph.sizes.symbols), sizes))
-        values = [
-            self._input(role, compiled, by_name, by_symbol) for role in compiled.forward.inputs
-        ]
+        given: dict[str, Mapping[str, Any]]
+        given = {"input": by_name, "size": by_symbol, "arena": lent or {}}
+        values = [self._input(role, compiled, given) for role in compiled.forward.inputs]
         returned = self.execute(compiled.forward, values)
         count = compiled.forward.outputs
         results, saved = returned[:count], list(returned[count:])
@@ -155,17 +164,9 @@ class Runner:
         self.received(plan)
         return answers
 
-    def _input(
-        self,
-        role: Role,
-        compiled: Compiled,
-        inputs: dict[str, Tensor],
-        sizes: dict[str, int],
-    ) -> Any:
-        if role.kind == "input":
-            return inputs[role.name]
-        if role.kind == "size":
-            return sizes[role.name]
+    def _input(self, role: Role, compiled: Compiled, given: Mapping[str, Mapping[str, Any]]) -> Any:
+        if role.kind in given:
+            return given[role.kind][role.name]
         if role.kind == "buffer":
             return self.module.get_buffer(role.name)
         if role.kind == "constant":
@@ -215,10 +216,13 @@ class _Step(torch.autograd.Function):
         anchor: Tensor,
         *inputs: Tensor,
     ) -> tuple[Any, ...]:
-        results, saved = runner.forward(compiled, sizes, inputs)
+        lent = runner.arenas.lend(compiled.plan.graph, sizes)
+        results, saved = runner.forward(compiled, sizes, inputs, lent)
+        ctx.lent = lent  # they are free once this is let go of
         ctx.runner, ctx.compiled, ctx.sizes = runner, compiled, sizes
         ctx.version = runner.state.version
         named = dict(zip(compiled.forward.saved, saved, strict=True))
+        require_placed(compiled.forward.placed, named, lent, compiled.plan.graph.model)
         # what is still to come is written while it is saved: autograd would refuse it as changed
         there = {n: value for n, value in named.items() if n not in compiled.forward.pending}
         tensors = {name: value for name, value in there.items() if isinstance(value, Tensor)}
@@ -248,11 +252,13 @@ class _Step(torch.autograd.Function):
         compiled: Compiled = ctx.compiled
         graph = compiled.plan.graph
         saved = {**dict(zip(ctx.names, _saved(ctx), strict=True)), **ctx.scalars}
+        lent = ctx.lent  # held for as long as this backward reads them
         if compat.clear_saved(ctx):
-            ctx.scalars = {}
+            ctx.scalars, ctx.lent = {}, None
         compiled.waiting.discard(ctx)
         entries = [r for r in graph.results if r.kind == "output"]
         arrived = {r.name: g for r, g in zip(entries, gradients, strict=True) if g is not None}
         answers = ctx.runner.backward(compiled, ctx.sizes, saved, arrived)
+        del lent
         names = [role_of(node).name for node in graph.placeholders("input")]
         return (None, None, None, None, *(answers.get(name) for name in names))

@@ -24,6 +24,7 @@ from zerograph.layout import Bucket, Layout, Param
 from zerograph.nodes import Role
 from zerograph.precision import Precision
 from zerograph.runtime.ahead import Ahead
+from zerograph.runtime.regions import Regions
 from zerograph.runtime.world import World
 
 
@@ -61,11 +62,14 @@ class State:
     """Parameters that hold their full values at the moment (runtime/shown.py)."""
     ahead: Ahead = field(init=False)
     """What the last step has started for the next."""
+    regions: Regions = field(init=False)
+    """Where checkpointed regions begin and end."""
     version: int = 0
     """Counts the changes of parameters, so that a backward notices one since its forward."""
 
     def __post_init__(self) -> None:
         self.ahead = Ahead(self.world)
+        self.regions = Regions(self.world.device, self.world.rank == 0)
 
     @classmethod
     def take_over(
@@ -99,7 +103,7 @@ class State:
 
     # Reading
 
-    def resolve(self, role: Role) -> Tensor | Channel | Ahead | World | None:
+    def resolve(self, role: Role) -> Tensor | Channel | Ahead | World | Regions | None:
         """The tensor (or channel) behind a program's input."""
         if role.kind == "scale":
             return self.scale
@@ -112,7 +116,9 @@ class State:
         found: Tensor | None = getattr(storage, role.kind)
         return found
 
-    def _channel(self, name: str) -> Channel | Ahead | World:
+    def _channel(self, name: str) -> Channel | Ahead | World | Regions:
+        if name == "regions":
+            return self.regions
         if name in ("ahead", "mesh"):
             return self.ahead if name == "ahead" else self.world
         kind, _, axis = name.partition("/")

@@ -16,7 +16,7 @@ from zerograph.units import size
 
 VERSION = 1
 _ARGUMENTS: dict[Region, tuple[str, ...]] = {
-    "forward": ("input", "buffer", "constant"),
+    "forward": ("input", "buffer", "constant", "arena"),
     "backward": ("tangent", "scale", "hyper", "used"),
     "step": ("hyper", "used", "scale", "weight"),
 }

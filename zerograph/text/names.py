@@ -26,6 +26,7 @@ def names_of(graph: TrainGraph) -> Names:
             "input": f"%{role.name}",
             "buffer": f"%{role.name}",
             "constant": f"%{role.name}",
+            "arena": f"%{role.name}",
             "size": f"%{role.name}",
             "param": f"%{role.name}",
             "tangent": f"%d_{role.name}",
@@ -56,8 +57,9 @@ def folded_names(names: Names) -> Names:
 
 def _folded(node: fx.Node, name: str) -> str:
     """A name in a skeleton; what is kept elsewhere is named after a value, which has no number there."""
-    start = node.args[0] if is_call(node, ops.wait) else node
-    if is_call(cast(fx.Node, start), *ops.COPIES, ops.partition_activation, ops.gather_activation):
+    start = node.args[0] if is_call(node, ops.wait, ops.checkpoint) else node
+    shares = (ops.partition_activation, ops.gather_activation)
+    if is_call(cast(fx.Node, start), ops.place, *shares, *ops.COPIES):
         return f"%_.{name.rpartition('.')[2]}"
     return name if is_kept(node) else "%_"
 
@@ -71,6 +73,8 @@ def _zero_name(node: fx.Node, names: Names) -> str:
     first = node.args[0]
     if is_call(node, ops.checkpoint, ops.wait, ops.put, ops.refreshed):
         return names[cast(fx.Node, first)]
+    if is_call(node, ops.place):
+        return f"{names[cast(fx.Node, first)]}.kept"
     if is_call(node, ops.offload):
         return f"{names[cast(fx.Node, first)]}.host"
     if is_call(node, ops.reload):

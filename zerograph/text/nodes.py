@@ -8,6 +8,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from zerograph import ops
+from zerograph.codegen.arenas import offset_of
 from zerograph.codegen.in_place import is_in_place
 from zerograph.compat import SYMBOLIC
 from zerograph.cost import collective_bytes, nbytes
@@ -46,8 +47,8 @@ def line_of(node: fx.Node, names: Names) -> Line:
         body = _zero_line(node, names)
         moves = is_call(node, *ops.COLLECTIVES, ops.gather_ahead)
         note = size(collective_bytes(node)) if moves else ""
-        own = is_call(node, ops.checkpoint, ops.partition_activation, *ops.COPIES)
-        note = size(nbytes(node)) if own else note
+        own = is_call(node, ops.checkpoint, ops.place, ops.partition_activation, *ops.COPIES)
+        note = size(nbytes(node)) + _at(node) if own else note
     else:
         body = f"{names[node]}: {type_of(node, names)} = {_call(node, names)}"
         note = f"recomputed {module_of(node)}" if is_recomputed(node) else module_of(node)
@@ -76,8 +77,10 @@ def _zero_line(node: fx.Node, names: Names) -> str:
         return named(f"{target} {args[1]}", axis_of(node))
     if is_call(node, ops.checkpoint):
         return f'{target} {first} "{args[1]}"'
-    if is_call(node, *ops.COPIES):
-        return f"{name} = {target} {first}"
+    if is_call(node, *ops.BRACKETS):
+        return f'{target} "{args[0]}" {_done_at(node)}'
+    if is_call(node, ops.place, *ops.COPIES):
+        return f"{name} = {target} {first}{_into(node, names)}"
     if is_call(node, ops.wait, ops.release, ops.refreshed):
         return f"{target} {first}"
     if is_call(node, ops.param):
@@ -96,6 +99,26 @@ def _zero_line(node: fx.Node, names: Names) -> str:
         return f"{name}: {type_of(node, names)} = {target} {_finish_arguments(node, names)}"
     shown = ", ".join(_value(a, names) for a in _shown(node))
     return named(f"{name}: {type_of(node, names)} = {target} {shown}", axis_of(node))
+
+
+def _done_at(node: fx.Node) -> str:
+    """What is done where a region begins or ends."""
+    _, synchronizes, profiles = node.args
+    return ", ".join(["synchronize"] * bool(synchronizes) + ["profile"] * bool(profiles))
+
+
+def _into(node: fx.Node, names: Names) -> str:
+    """The row of an arena in which a value is kept, and whether it is made there."""
+    if not is_call(node, ops.place, ops.offload) or len(node.args) == 1:
+        return ""
+    where = f", {_value(node.args[1], names)}[{node.args[2]}]"
+    return where + (" in place" if node.args[3:] == (True,) else "")
+
+
+def _at(node: fx.Node) -> str:
+    """The offset of a value in its arena."""
+    offset = offset_of(node)
+    return "" if offset is None else f" at {size(offset)}"
 
 
 def _shown(node: fx.Node) -> Sequence[Any]:

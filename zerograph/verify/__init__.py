@@ -6,7 +6,18 @@ about has been provided. A VerifyError says which invariant, at which node, and 
 
 from zerograph.errors import VerifyError
 from zerograph.ir import TrainGraph
-from zerograph.verify import axes, collectives, copies, gradients, norms, shares, step, values
+from zerograph.verify import (
+    arenas,
+    axes,
+    brackets,
+    collectives,
+    copies,
+    gradients,
+    norms,
+    shares,
+    step,
+    values,
+)
 from zerograph.verify.common import Check
 
 
@@ -36,6 +47,10 @@ CHECKS: tuple[tuple[frozenset[str], Check], ...] = (
     (_HAS({"specialized"}), shares.shared_are_alike),
     (_HAS({"specialized"}), shares.shared_end),
     (_HAS({"specialized"}), shares.gathered_once),
+    (_HAS({"specialized"}), arenas.rows_are_apart),
+    (_HAS({"specialized"}), arenas.rows_are_large_enough),
+    (_HAS({"specialized"}), arenas.kept_once),
+    (_HAS({"specialized"}), arenas.nothing_leaves_in_an_arena),
     (_HAS({"scaled"}), gradients.gradients_are_scaled),
     (_HAS({"sharded"}), collectives.params_lie_in_their_bucket),
     (_HAS({"gathered"}), collectives.params_are_gathered),
@@ -58,5 +73,6 @@ CHECKS: tuple[tuple[frozenset[str], Check], ...] = (
     (_HAS({"updated"}), collectives.refreshes_are_waited_for),
     (_HAS({"scheduled"}), collectives.the_step_starts_what_the_forward_takes),
     (_HAS({"scheduled"}), collectives.bound_holds),
+    (_HAS({"scheduled"}), brackets.regions_are_bracketed),
 )
 """What must have been provided, and the check that then holds. The order is that of the passes."""

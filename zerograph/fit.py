@@ -16,7 +16,16 @@ from typing import Any
 from zerograph.config import ZeroConfig, load_config
 from zerograph.cost import CATEGORIES, Cluster, Held, Memory, Timeline
 from zerograph.errors import ConfigError, PlanError
-from zerograph.levers import LEVERS, Lever, Settings, is_open, keep_less, shown, with_settings
+from zerograph.levers import (
+    LEVERS,
+    Lever,
+    Settings,
+    is_open,
+    keep_less,
+    least_of,
+    shown,
+    with_settings,
+)
 from zerograph.nodes import is_recomputed
 from zerograph.plan import Plan
 from zerograph.planning import plan_of
@@ -154,7 +163,8 @@ class _Search:
         if why:
             self.untried.append(f"{_shown(first.choice)}: {why}")
         else:
-            keep_less(peak_of, first.memory.peak, self.budget, free, hosts)
+            least = least_of(free, hosts, bool(traced.graph.layout.blocks))
+            keep_less(peak_of, first.memory.peak, self.budget, least, free)
 
     def _fitting(self) -> list[Candidate]:
         return [c for c in self.found if c.memory.peak <= self.budget]

@@ -2,14 +2,15 @@
 
     stage 0 .. 3              all of them: each may be the fastest
     activation_budget         where a stage does not fit: the least (0), then as much more as fits
-    cpu_checkpointing         where the least does not fit either, on a device with a memory of its own
+    cpu_checkpointing         where the least does not fit either, on a device with a memory of its own; each
+                              block is a region then, "auto", and the budget says what is kept within
 
 The peak rises with the budget, the steeper the larger it is. So what fits by the straight line between two
 budgets fits by the plan too, and two such steps come near the largest that fits. Keeping more is faster.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ Settings = Mapping[str, Any]
 """Values by dotted key of the config."""
 BUDGET = "compile.activation_budget"
 HOST = "activation_checkpointing.cpu_checkpointing"
+NUMBER = "activation_checkpointing.number_checkpoints"
 TRIES = 2
 """Budgets above the least that are planned for one stage and micro-batch."""
 MOST = 1 + 2 + TRIES
@@ -39,7 +41,11 @@ class Lever:
 
 
 LEVERS: tuple[Lever, ...] = (Lever("stage", "zero_optimization.stage", (0, 1, 2, 3)),)
-ACTIVATIONS: dict[str, str] = {"activation_budget": BUDGET, "cpu_checkpointing": HOST}
+ACTIVATIONS: dict[str, str] = {
+    "activation_budget": BUDGET,
+    "number_checkpoints": NUMBER,
+    "cpu_checkpointing": HOST,
+}
 """How the levers of activations are shown, and their keys. None is as the config says."""
 
 
@@ -62,20 +68,28 @@ def with_settings(given: dict[str, Any], settings: Settings) -> dict[str, Any]:
     return changed
 
 
+def least_of(free: bool, hosts: bool, blocks: bool) -> list[Settings]:
+    """What keeps least, without the host and with it.
+
+    `free` tells whether the config leaves open what is kept, `hosts` whether there is a host to copy to,
+    `blocks` whether the model repeats blocks.
+    """
+    regions: Settings = {} if not free else {NUMBER: "auto"} if blocks else {BUDGET: 0.0}
+    found: list[Settings] = [{BUDGET: 0.0}] if free else []
+    return [*found, {**regions, HOST: True}] if hosts else found
+
+
 def keep_less(
     peak_of: Callable[[Settings], int | None],
     most: int,
     budget: int,
+    least: Sequence[Settings],
     free: bool,
-    hosts: bool,
 ) -> None:
     """Plan what may bring a peak of `most` bytes down to `budget`; `peak_of` plans, and None is an error.
 
-    `free` tells whether the activation budget may be set, `hosts` whether there is a host to copy to.
+    `least` is tried first; `free` tells whether the activation budget may be set.
     """
-    least: list[Settings] = [{BUDGET: 0.0}] if free else []
-    if hosts:
-        least.append({**(least[0] if free else {}), HOST: True})
     for settings in least:
         low = peak_of(settings)
         if low is not None and low <= budget:

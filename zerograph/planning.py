@@ -233,13 +233,12 @@ def passes_for(
 
 def _number_of(config: ZeroConfig) -> int | Auto:
     """The regions of a model that marks none; a fraction as budget says what more than those is kept."""
-    number, budget = (
-        config.activation_checkpointing.number_checkpoints,
-        config.compile.activation_budget,
-    )
+    activations, budget = config.activation_checkpointing, config.compile.activation_budget
+    number = activations.number_checkpoints
     if number != "auto":
         return number or 0
-    return Auto(None if budget is None or budget <= 1 else int(budget))
+    most = None if budget is None or budget <= 1 else int(budget)
+    return Auto(most, on_host=activations.cpu_checkpointing)
 
 
 def _budget_of(config: ZeroConfig) -> Budget | None:

@@ -122,11 +122,15 @@ class Auto:
 
     budget: int | None = None
     """Bytes that the forward may keep."""
+    on_host: bool = False
+    """Boundaries leave the device: with a region for each block least is alive at once."""
 
     def __call__(self, graph: TrainGraph) -> int:
         """Raises PlanError for a model without repeated blocks, or too small a budget."""
         if not graph.layout.blocks:
             raise no_blocks(graph, "auto")
+        if self.on_host and self.budget is None:
+            return len(graph.layout.blocks)
         options = Options.of(graph, whole=False)
         if self.budget is None:
             return options.lowest.number

@@ -66,11 +66,11 @@ def memory_of(engine: Engine) -> list[Tensor]:
 def step(engine: Engine, rows: int = ROWS, more: float = 0.0) -> tuple[Any, ...]:
     """(loss, gradients) of one update."""
     batch = {k: v + more for k, v in tiny.batch(rows, WIDE).items()}
-    loss = engine(**batch)["loss"]
-    engine.backward(loss)
+    output = engine(**batch)  # held by the caller until after the step
+    engine.backward(output["loss"])
     gradients = engine.gradients()
     engine.step()
-    return loss.item(), gradients
+    return output["loss"].item(), gradients
 
 
 def trained(stage: int, extra: dict[str, Any]) -> tuple[Any, ...]:

@@ -6,7 +6,8 @@ them into collectives and kernels. `world` is a number of ranks, of all or of th
 operator knows a rank.
 
     checkpoint      a value that enters a checkpointed region: kept for the backward, which recomputes from it
-    enter, leave    a checkpointed region begins, or ends: wait for the device, or note the time
+    enter           a checkpointed region begins: wait for the device, or note the time
+    leave           it ends: the same, and log how long it took
     place           a value that is kept for the backward, in its row of an arena. In place: the operator
                     that makes it wrote it there
     offload         start a copy of a value to the host's memory, with an arena to its row there; it is

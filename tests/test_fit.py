@@ -25,7 +25,7 @@ from zerograph.fit import (
     parse_bytes,
     with_micro_batch,
 )
-from zerograph.levers import LEVERS, MOST, Lever, keep_less
+from zerograph.levers import LEVERS, MOST, Lever, keep_less, least_of
 from zerograph.planning import plan_of
 from zerograph.trace import Trace
 
@@ -243,17 +243,18 @@ def test_the_largest_budget_that_fits_is_found_in_few_plans() -> None:
 
     def plan(settings: Any) -> int:
         asked.append(settings)
-        return int(1000 + 9000 * max(0.1, settings["compile.activation_budget"]))
+        return int(1000 + 9000 * max(0.1, settings.get("compile.activation_budget", 0.0)))
 
+    least = least_of(free=True, hosts=True, blocks=True)
     for budget in (1900, 3000, 5000, 9000):
         asked: list[Any] = []
-        keep_less(plan, 10_000, budget, free=True, hosts=True)
+        keep_less(plan, 10_000, budget, least, free=True)
         peaks = [plan(settings) for settings in list(asked)]
         assert max(p for p in peaks if p <= budget) > 0.9 * budget and len(peaks) <= MOST - 1
         assert not any(len(settings) > 1 for settings in asked)
     asked = []
-    keep_less(plan, 10_000, 1000, free=True, hosts=True)
-    assert [len(settings) for settings in asked] == [1, 2]
+    keep_less(plan, 10_000, 1000, least, free=True)
+    assert asked == least and [len(settings) for settings in least] == [1, 2]
 
 
 # On the command line

@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 240.0
+TIMEOUT = 280.0
 COLLECTIVES = 120.0
 """Seconds that one collective may take."""
 

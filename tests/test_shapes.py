@@ -417,7 +417,7 @@ def _ranks(rank: int, world: int, name: str, stage: int) -> dict[str, Any]:
     return report
 
 
-@pytest.mark.parametrize(("name", "stage", "programs"), [("llama", 3, [3, 2]), ("t5", 2, [4, 3])])
+@pytest.mark.parametrize(("name", "stage", "programs"), [("llama", 3, [3, 2]), ("bert", 2, [3, 2])])
 def test_ranks_with_other_lengths_get_ddps_gradients(
     name: str, stage: int, programs: list[int]
 ) -> None:

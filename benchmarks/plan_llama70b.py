@@ -26,7 +26,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import zerograph
-from zerograph import compat, pipeline
+from zerograph import compat
 
 WORLD = 1024
 SEQUENCE = 4096
@@ -61,7 +61,7 @@ class Measured:
 
     @property
     def own(self) -> float:
-        """Seconds in zerograph's own code: passes, checks, text and what lies between."""
+        """Seconds in zerograph's own code: passes, checks and what lies between."""
         return self.total - sum(self.seconds[stage] for stage in CAPTURE)
 
 
@@ -115,11 +115,10 @@ def measure(layers: int, profile: str | None = None) -> Measured:
 
 @contextmanager
 def stopwatches(seconds: dict[str, float]) -> Iterator[None]:
-    """Time the stages that leave no record: torch's two, and the texts of all passes together."""
+    """Time the stages that leave no record: torch's two."""
     watched = [
         (compat, "capture", CAPTURE[0]),
         (compat, "export_joint", CAPTURE[1]),
-        (pipeline, "forms", "text after every pass"),
     ]
     with ExitStack() as stack:
         for owner, name, stage in watched:

@@ -1,6 +1,7 @@
 """What the forward keeps at boundaries: which values these are, where they are used, and when they are back.
 
-Passes that keep them elsewhere (passes/partition.py, passes/offload.py) bring them back one region ahead:
+Passes that keep them elsewhere (passes/partition.py, passes/offload.py) bring them back one region ahead
+(passes/arena.py keeps them in place):
 
     region that the backward comes to     values that start to come back
       (its start)                           those of layers.2
@@ -57,10 +58,15 @@ def movable(graph: TrainGraph, values: Collection[fx.Node], smallest: int) -> li
 
 
 def _is_worth(value: fx.Node, smallest: int) -> bool:
-    made = value.meta["val"]
-    dense = is_dense([hint(n) for n in made.shape], [hint(n) for n in made.stride()])
-    own = view_root(value).op == "call_function"
-    return own and dense and nbytes(value) >= smallest
+    return is_own(value) and nbytes(value) >= smallest
+
+
+def is_own(value: fx.Node) -> bool:
+    """Whether a value is a tensor that the step made, and it fills its memory."""
+    made = value.meta.get("val")
+    if not isinstance(made, Tensor) or view_root(value).op != "call_function":
+        return False
+    return is_dense([hint(n) for n in made.shape], [hint(n) for n in made.stride()])
 
 
 def _leaving(graph: TrainGraph) -> list[fx.Node]:

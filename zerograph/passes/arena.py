@@ -30,13 +30,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from zerograph import compat, ops
 from zerograph.codegen.arenas import can_write, length_of
-from zerograph.codegen.packing import is_dense
 from zerograph.cost import nbytes
 from zerograph.ir import TrainGraph
+from zerograph.kept import is_own
 from zerograph.nodes import is_call, module_of, view_root
 from zerograph.units import size
 
@@ -74,16 +74,8 @@ def _values(graph: TrainGraph) -> list[fx.Node]:
     roots = Counter(map(view_root, (*saved, *returned)))
     forward = graph.nodes("forward")
     bounds = dict.fromkeys(n.args[0] for n in forward if is_call(n, ops.checkpoint))
-    found = [v for v in saved if v in bounds and _is_own(v) and roots[view_root(v)] == 1]
+    found = [v for v in saved if v in bounds and is_own(v) and roots[view_root(v)] == 1]
     return sorted([*found, *(n for n in forward if is_call(n, ops.offload))])
-
-
-def _is_own(value: fx.Node) -> bool:
-    """Whether a value is a tensor that the step made, and it fills its memory."""
-    made = value.meta.get("val")
-    if not isinstance(made, Tensor) or view_root(value).op != "call_function":
-        return False
-    return is_dense([compat.hint(n) for n in made.shape], [compat.hint(n) for n in made.stride()])
 
 
 def _class_of(value: fx.Node) -> Class:

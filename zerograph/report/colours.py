@@ -9,6 +9,7 @@ Pair = tuple[str, str]
 
 COLLECTIVES: dict[str, Pair] = {
     "gather": ("#2f66c4", "#6b9bf0"),
+    "gather_activation": ("#1f7a4d", "#57c08e"),
     "refresh": ("#0f8b9d", "#45bccd"),
     "gather_partials": ("#7b57c2", "#a78bea"),
     "reduce_scatter": ("#c8681a", "#ef9a4e"),

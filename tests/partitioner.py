@@ -1,4 +1,4 @@
-"""What torch's own partitioner keeps of a joint graph at an activation_memory_budget."""
+"""Choices at a budget or a peak: torch's own partitioner's for a joint graph, and zerograph's beside it."""
 
 import copy
 
@@ -7,6 +7,8 @@ from torch._functorch import config
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from zerograph.ir import TrainGraph
+from zerograph.recompute import Choice
+from zerograph.recompute.regions import Options
 
 
 def kept_by_torch(graph: TrainGraph, fraction: float) -> list[fx.Node]:
@@ -17,6 +19,18 @@ def kept_by_torch(graph: TrainGraph, fraction: float) -> list[fx.Node]:
         forward, _ = min_cut_rematerialization_partition(joint, None, num_fwd_outputs=results)
     saved = forward.graph.output_node().args[0][results:]  # type: ignore[index]
     return [origin[node.name] for node in saved if isinstance(node, fx.Node)]
+
+
+def choices(options: Options, count: int) -> list[tuple[int, Choice]]:
+    """(peak of activations in bytes, choice) of our own for each of so many budgets, least to most."""
+    found = [options.choose(options.budget(step / count))[1] for step in range(count + 1)]
+    return [(options.peaks.peak(choice.keep), choice) for choice in found]
+
+
+def cheapest(found: list[tuple[int, Choice]], peak: int) -> tuple[int, Choice]:
+    """Of those with at most `peak` bytes the one that repeats the fewest FLOPs, then the least traffic."""
+    fitting = [(p, choice) for p, choice in found if p <= peak]
+    return min(fitting, key=lambda pair: (pair[1].flops, pair[1].traffic))
 
 
 def _flat(graph: TrainGraph) -> tuple[fx.GraphModule, dict[str, fx.Node]]:

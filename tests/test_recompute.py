@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from tests import models, tiny
-from tests.partitioner import kept_by_torch
+from tests.partitioner import cheapest, choices, kept_by_torch
 from zerograph.cost import CATEGORIES, work_of
 from zerograph.errors import PlanError
 from zerograph.ir import TrainGraph, eliminate_dead_code
@@ -370,6 +370,18 @@ def test_no_more_flops_than_torchs_partitioner_at_equal_bytes(name: str) -> None
         assert ours.nbytes <= theirs.nbytes
         assert ours.flops <= 1.02 * theirs.flops
         assert (ours.flops, ours.traffic) <= (theirs.flops, theirs.traffic * 1.02)
+
+
+@pytest.mark.parametrize("name", ["gpt2"])
+def test_no_more_flops_than_torchs_partitioner_at_equal_peaks(name: str) -> None:
+    """Where as many bytes are alive at most as with torch's choice; never more of them, either."""
+    options = Options.of(normal(name), whole=True)
+    tried = choices(options, 128)
+    for fraction in (0.1, 0.3, 0.5, 0.7):
+        theirs = chooser(name).kept(kept_by_torch(normal(name), fraction))
+        most = options.peaks.peak(theirs.keep)
+        peak, ours = cheapest(tried, most)
+        assert peak <= most and ours.flops <= 1.02 * theirs.flops
 
 
 # Size

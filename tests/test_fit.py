@@ -4,6 +4,7 @@ import functools
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,9 +186,19 @@ def deep(micro: int | None) -> Trace:
 def deep_search(
     budget: int, cluster: str = "h100", stages: tuple[int, ...] = (0, 1, 2, 3), **more: Any
 ) -> Fit:
+    return searched([deep(None)], budget, cluster, stages, **more)
+
+
+def searched(
+    traces: Sequence[Trace], budget: int, cluster: str, stages: tuple[int, ...], **more: Any
+) -> Fit:
+    """One call after the other, as if they were micro-batches."""
     config = load_config({**DEEP, **more})
     levers = [Lever("stage", LEVERS[0].key, stages)]
-    return fit(deep, config, budget, CLUSTERS[cluster], WORLD, [None], levers)
+    given, micro_batches = iter(traces), [None] * len(traces)
+    return fit(
+        lambda _: next(given), config, budget, CLUSTERS[cluster], WORLD, micro_batches, levers
+    )
 
 
 def test_as_many_activations_as_fit_are_kept() -> None:
@@ -236,6 +247,16 @@ def test_levers_are_tried_only_where_they_may_help() -> None:
     given = deep_search(peaks[3] // 2, "cpu", activation_checkpointing={"number_checkpoints": 2})
     assert not any(map(kept_less, (*given.fits, *given.exceeds)))
     assert all(line.endswith(": the config says what is kept") for line in given.untried)
+
+
+def test_what_would_be_no_faster_with_all_activations_is_left_alone() -> None:
+    """A smaller call fits; a larger one does not, and is slower even with everything kept."""
+    (small,) = searched([deep(64)], 10**9, "h100", (0,)).fits
+    found = searched([deep(64), deep(None)], peak(small), "h100", (0,))
+    assert [peak(c) for c in found.fits] == [peak(small)]
+    assert len(found.exceeds) == 1 and not kept_less(found.exceeds[0])
+    (line,) = found.untried
+    assert line.endswith("with all activations kept it is no faster than what fits")
 
 
 def test_the_largest_budget_that_fits_is_found_in_few_plans() -> None:

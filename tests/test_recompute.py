@@ -296,6 +296,28 @@ def test_the_peak_of_a_choice_is_that_of_its_plan(name: str) -> None:
         assert planned == pytest.approx(option.lowest, rel=0.005, abs=512)
 
 
+class Burst(nn.Module):
+    """Most is alive within the forward, of what the backward never reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        spread = torch.cumsum(x.repeat(1, 64), 1)
+        return (x * self.weight * (spread > 0).float().mean()).sum()
+
+
+def test_the_peak_may_be_in_the_forward() -> None:
+    trace = tiny.traced(Burst(), torch.randn(64, 16), 2)
+    graph = trace.graph.copy()
+    Normalize().apply(graph)
+    spread = 64 * 64 * 16
+    peak = Options.of(graph, whole=True).peaks.peak([])
+    assert peak == pytest.approx(2 * 4 * spread, rel=0.01)  # what is repeated, and its sums
+    assert activations(trace) == pytest.approx(peak, rel=0.005, abs=512)
+
+
 def is_buffer(copied: fx.Node) -> bool:
     source = copied.all_input_nodes[0]
     return source.op == "placeholder" and role_of(source).kind == "buffer"

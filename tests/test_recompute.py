@@ -313,7 +313,8 @@ def test_the_peak_may_be_in_the_forward() -> None:
     graph = trace.graph.copy()
     Normalize().apply(graph)
     spread = 64 * 64 * 16
-    peak = Options.of(graph, whole=True).peaks.peak([])
+    options = Options.of(graph, whole=True)
+    peak = options.peaks.peak(options.choose(options.budget(1.0))[1].keep)
     assert peak == pytest.approx(2 * 4 * spread, rel=0.01)  # what is repeated, and its sums
     assert activations(trace) == pytest.approx(peak, rel=0.005, abs=512)
 

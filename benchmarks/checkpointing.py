@@ -83,9 +83,9 @@ def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     torch._dynamo.config.recompile_limit = 2 * len(TENTHS)
     steps = {name: make() for name, make in makers(options.what).items()}
+    peaks = {name: peak(name, step) for name, step in steps.items()}
     times = measure(steps, options.rounds)
     require_equal(times)
-    peaks = {name: peak(name, step) for name, step in steps.items()}
     if dist.get_rank():
         return
     print(table(times, peaks))
@@ -114,6 +114,8 @@ def peak(name: str, step: Step) -> int:
     if isinstance(step, Zerograph):
         return live.of_engine(name, step, step.engine).allocated
     assert isinstance(step, Plain)
+    if isinstance(step, Compiled):
+        return live.allocated(step, step.held)
     return live.of_peer(name, step).allocated
 
 

@@ -52,6 +52,14 @@ def of_engine(name: str, step: Step, engine: Any) -> Live:
     return replace(found, planned=engine.plan.memory.peak)
 
 
+def allocated(step: Step, held: Callable[[], list[Tensor]]) -> int:
+    """Most bytes of a step on this rank by torch's allocator alone, for steps that run under no tracker."""
+    for index in range(WARM_UP):
+        step(batch_of(index, dist.get_rank()))
+    batch = batch_of(WARM_UP, dist.get_rank())
+    return Storages([*held(), *batch.values()]).alive + _allocated(lambda: step(batch))
+
+
 def _live(name: str, step: Step, held: Callable[[], list[Tensor]]) -> Live:
     """Train `WARM_UP` steps, then one under the tracker."""
     rank = dist.get_rank()

@@ -6,11 +6,13 @@ Every run has a deadline; at its end no process is left.
 import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Collection
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ TIMEOUT = 280.0
 COLLECTIVES = 120.0
 """Seconds that one collective may take."""
 
-# What the server imports once, before any rank is forked from it: it only imports, so it has no
-# threads and no process group that a fork could break.
-PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "transformers", "zerograph.engine"]
+# What the server imports once, before any rank is forked from it. It has no threads and no process group
+# that a fork could break.
+PRELOAD = ["tests.warm"]
+ROOT = Path(__file__).parent.parent
 
 
 class RankError(Exception):
@@ -55,8 +58,7 @@ def outcomes_of(
     A collective may take `collectives` seconds. Ranks that are meant to be `lost` are not waited for.
     """
     settings = {name: os.environ[name] for name in os.environ if name.startswith("ZEROGRAPH_")}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = _server()
     with tempfile.TemporaryDirectory() as folder:
         given = (folder, collectives, settings, function, args)
         processes = [
@@ -74,6 +76,19 @@ def outcomes_of(
                     process.kill()
                 process.join()
         return [_read(Path(folder) / f"{rank}.pickle") for rank in range(world)]
+
+
+def _server() -> Any:
+    """The process that ranks are forked from; one for all runs, started where it finds `tests`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    here = Path.cwd()
+    os.chdir(ROOT)
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.chdir(here)
+    return context
 
 
 def _join(processes: list[Any], deadline: float) -> None:
@@ -104,6 +119,7 @@ def _rank(
     for name in [name for name in os.environ if name.startswith("ZEROGRAPH_")]:
         del os.environ[name]  # the server has those of the test that started it
     os.environ.update(settings, OMP_NUM_THREADS="1")
+    assert PRELOAD[0] in sys.modules, "import tests.warm fails: see python -c 'import tests.warm'"
     import torch
     import torch.distributed as dist
 

@@ -83,9 +83,9 @@ def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     torch._dynamo.config.recompile_limit = 2 * len(TENTHS)
     steps = {name: make() for name, make in makers(options.what).items()}
-    peaks = {name: peak(name, step) for name, step in steps.items()}
     times = measure(steps, options.rounds)
     require_equal(times)
+    peaks = {name: peak(name, step) for name, step in steps.items()}
     if dist.get_rank():
         return
     print(table(times, peaks))

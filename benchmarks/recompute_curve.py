@@ -6,7 +6,7 @@ For ten values of torch's `activation_memory_budget` torch's own partitioner cho
 joint graph; zerograph chooses for as many bytes as that keeps. Both are counted alike: bytes of distinct
 storages, results of the forward (logits) among them as torch counts, and FLOPs of what the backward then has
 to compute again. "valid" is whether torch's choice repeats no random operator. Beside it stands what
-zerograph repeats where as many bytes of activations are alive at most as with torch's choice (of 129
+zerograph repeats where as many bytes of activations are alive at most as with torch's choice (of 513
 budgets tried): fewer bytes kept are not a lower peak. Nothing is run: the models are on the meta device.
 
 The times are of one choice for a Llama of 70B's widths in bf16, of so many layers; tracing is not counted.
@@ -41,7 +41,7 @@ from zerograph.recompute import Choice, Chooser
 from zerograph.recompute.regions import Options
 
 BUDGETS = tuple(tenth / 10 for tenth in range(1, 11))
-TRIED = 128
+TRIED = 512
 LIMIT = 1.02
 SECONDS = 30
 DEVICE = cluster_of("cpu").device

@@ -6,9 +6,10 @@
 "layers": stage 3 with a region for each layer (`number_checkpoints`, parameters freed after the forward)
 beside `fully_shard` whose layers run under `torch.utils.checkpoint`, and both without checkpoints.
 
-"budgets": one rank; ten values of `compile.activation_budget` beside the same ten of torch's
-`activation_memory_budget`, whose partitioner works in torch.compile ("aot_eager_decomp_partition": its graphs
-run operator by operator, as zerograph's do). Both are fractions, of which 1 keeps everything.
+"budgets": one rank; a Llama of 6 million parameters, whose activations are most of its memory, under ten
+values of `compile.activation_budget` beside the same ten of torch's `activation_memory_budget`, whose
+partitioner works in torch.compile ("aot_eager_decomp_partition": its graphs run operator by operator, as
+zerograph's do). Both are fractions, of which 1 keeps everything.
 
 `contest.py` says how contestants take turns. The peak is what lives from step to step, and what torch's
 allocator has on top of it, operators' own memory included. Exits 1 if a step with checkpoints takes longer
@@ -26,9 +27,11 @@ import live
 import machine
 import torch
 import torch.distributed as dist
-from contest import BATCH, LAYERS, SEQUENCE, Step, Times, batch_of, launch, llama, measure, ratio
+from contest import BATCH, LAYERS, SEQUENCE, Step, Times, batch_of, launch, measure, ratio
 from contestants import Zerograph, config_of
 from peers import Plain, fully_shard_step
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 TENTHS = tuple(tenth / 10 for tenth in range(1, 11))
 OURS, THEIRS = "stage 3, layers", "fully_shard, layers"
@@ -36,15 +39,57 @@ LIMIT = 1.0
 """Of the ratio of their steps."""
 
 
+VOCABULARY = 512
+
+
+def narrow() -> LlamaForCausalLM:
+    """The model of "budgets", the same at every call."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 720, "num_hidden_layers": 8}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, max_position_embeddings=SEQUENCE, use_cache=False, **sizes, **heads
+    )
+    return LlamaForCausalLM(config).train()
+
+
+def doubled(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The batch of "budgets": twice the rows, fewer words."""
+    return {name: value.repeat(2, 1) % VOCABULARY for name, value in batch.items()}
+
+
+class Chosen(Zerograph):
+    """zerograph's choice under a budget."""
+
+    def __init__(self, budget: float) -> None:
+        config = config_of(0, "fp32", {}) | {"compile": {"activation_budget": budget}}
+        super().__init__(config, narrow())
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return super().__call__(doubled(batch))
+
+
 class Compiled(Plain):
     """torch.compile with the choice of its partitioner under a budget."""
 
     def __init__(self, budget: float) -> None:
-        super().__init__(llama())
-        self.model = torch.compile(self.model, backend="aot_eager_decomp_partition", fullgraph=True)  # type: ignore[assignment]
+        super().__init__(narrow())
+        scope: dict[str, Any] = {"model": self.model}
+        exec(
+            "def call(**batch): return model(**batch)", scope
+        )  # dynamo shares what it compiles by code
+        call = torch.compile(scope["call"], backend="aot_eager_decomp_partition", fullgraph=True)
         with torch._functorch.config.patch(activation_memory_budget=budget):  # type: ignore[attr-defined]
-            self.model(**batch_of(0, 0)).loss.backward()
+            call(**doubled(batch_of(0, 0))).loss.backward()
         self.model.zero_grad()
+        self.call = call
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
+        loss: Tensor = self.call(**doubled(batch)).loss
+        loss.backward()
+        self.update()
+        self.model.zero_grad()
+        return loss.detach()
 
 
 def checkpointed() -> Plain:
@@ -60,11 +105,6 @@ def sharded(count: int) -> Zerograph:
     return Zerograph(config | {"activation_checkpointing": {"number_checkpoints": count}})
 
 
-def under(budget: float) -> Zerograph:
-    """One rank's step under a budget."""
-    return Zerograph(config_of(0, "fp32", {}) | {"compile": {"activation_budget": budget}})
-
-
 def makers(what: str) -> dict[str, Callable[[], Step]]:
     """How each contestant is made."""
     if what == "layers":
@@ -74,7 +114,7 @@ def makers(what: str) -> dict[str, Callable[[], Step]]:
             "stage 3": lambda: sharded(0),
             OURS: lambda: sharded(LAYERS),
         }
-    ours = {f"zerograph {b}": lambda b=b: under(b) for b in TENTHS}
+    ours = {f"zerograph {b}": lambda b=b: Chosen(b) for b in TENTHS}
     return ours | {f"torch {b}": lambda b=b: Compiled(b) for b in TENTHS}
 
 
@@ -139,7 +179,7 @@ def write(options: argparse.Namespace, found: Mapping[str, Any]) -> None:
         "machine": machine.describe(),
         "ranks": dist.get_world_size(),
         "threads_per_rank": torch.get_num_threads(),
-        "batch_per_rank": [BATCH, SEQUENCE],
+        "batch_per_rank": [BATCH if options.what == "layers" else 2 * BATCH, SEQUENCE],
     }
     options.json.write_text(json.dumps({**head, "results": found}, indent=2) + "\n")
 

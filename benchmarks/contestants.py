@@ -12,7 +12,7 @@ import torch.distributed as dist
 from away import Away
 from contest import BATCH, BETAS, EPS, LR, WEIGHT_DECAY, Step, llama
 from peers import Plain, alone_step, ddp_step, fully_shard_step
-from torch import Tensor
+from torch import Tensor, nn
 
 import zerograph
 
@@ -36,9 +36,9 @@ def config_of(stage: int, dtype: str, zero: Mapping[str, Any]) -> Any:
 class Zerograph:
     """A step of zerograph's engine."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, model: nn.Module | None = None) -> None:
         self.stage: int = config["zero_optimization"]["stage"]
-        self.engine = zerograph.compile(llama(), config)
+        self.engine = zerograph.compile(model or llama(), config)
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
         loss: Tensor = self.engine(**batch).loss

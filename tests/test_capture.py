@@ -1,6 +1,8 @@
 """Capture of whole models through the engine, compared with eager, in one process."""
 
 import copy
+import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -338,6 +340,80 @@ def test_a_data_dependent_branch_shows_the_users_line() -> None:
     assert "change:" in str(caught.value)
 
 
+def _selected(x: torch.Tensor) -> torch.Tensor:
+    return x[x[:, 0] > 0]  # the user's own line
+
+
+def _scattered(x: torch.Tensor) -> torch.Tensor:
+    rows = torch.where(x[:, 0] > 0)  # the user's own line
+    return torch.zeros_like(x).index_add_(0, rows[0], x[rows[0]])
+
+
+def _counted(x: torch.Tensor) -> torch.Tensor:
+    return x / (x > 0).sum().item()  # the user's own line
+
+
+def _drawn(x: torch.Tensor) -> torch.Tensor:
+    return x * random.random()  # the user's own line
+
+
+@pytest.mark.parametrize(
+    ("step", "what", "change"),
+    [
+        (_selected, "a size depends on the values of a tensor", "multiply by a mask"),
+        (_scattered, "a size depends on the values of a tensor", "multiply by a mask"),
+        (_counted, "a Python number is made of a tensor's value", "keep it a tensor"),
+        (_drawn, "", "draw with torch"),
+    ],
+)
+def test_what_depends_on_values_shows_the_users_line(
+    step: Callable[[torch.Tensor], torch.Tensor], what: str, change: str
+) -> None:
+    class Depends(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return self.second(step(self.first(x)))
+
+    with pytest.raises(CaptureError) as caught:
+        engine_of(Depends())(x())
+    said = str(caught.value)
+    assert "# the user's own line" in said and "test_capture.py" in said
+    assert what in said and f"change: {change}" in said
+
+
+def test_a_batch_norm_without_momentum_says_what_to_give() -> None:
+    class Norm(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(8, momentum=None)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return self.second(self.norm(self.first(x)))
+
+    with pytest.raises(CaptureError, match=r"change: .*a `momentum` that is a number"):
+        engine_of(Norm())(x())
+
+
+def test_parameters_that_cannot_be_trained_are_named() -> None:
+    class Complex(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.phase = nn.Parameter(torch.ones(8, dtype=torch.complex64))
+
+    with pytest.raises(PlanError, match=r"phase is complex64.*torch\.view_as_real\(phase\)"):
+        engine_of(Complex())
+
+    class Sparse(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(16, 16, sparse=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return self.second(self.first(x) + self.table(x.argmax(1)))
+
+    with pytest.raises(CaptureError, match=r"gradient of table\.weight is sparse.*sparse=False"):
+        engine_of(Sparse())(x())
+
+
 def test_a_graph_break_shows_the_users_line() -> None:
     class Breaks(Net):
         def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
@@ -349,7 +425,9 @@ def test_a_graph_break_shows_the_users_line() -> None:
         engine_of(Breaks())(x())
 
 
-def test_an_exception_in_the_forward_leaves_the_engine_usable() -> None:
+def test_an_exception_in_the_forward_leaves_the_engine_usable(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     class Refuses(Net):
         def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
             if x.shape[0] == 2:
@@ -362,6 +440,7 @@ def test_an_exception_in_the_forward_leaves_the_engine_usable() -> None:
         engine(x()[:2])
     with pytest.raises(RuntimeError, match="reduction dim"):
         engine(torch.ones(3, 9))
+    assert capfd.readouterr().err == "", "what is raised is not logged as well"
     total(engine(x())).backward()
     total(eager(x())).backward()
     check_gradients(engine, eager)

@@ -1,10 +1,12 @@
 """What a forward reads and changes in Python: compared at every call, or refused."""
 
 import copy
+import enum
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -191,6 +193,197 @@ def test_a_buffer_changed_in_place_is_the_way_round() -> None:
     for _ in range(3):
         engine(torch.ones(2, 4), "count")
     assert engine.module.count == 3
+
+
+class Kind(enum.Enum):
+    ONE = 1
+
+
+class Gain:
+    """An object that is called, with a value of its class."""
+
+    amount = 1.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * self.amount
+
+
+class Double(Gain):
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * 2
+
+
+class Asks(nn.Module):
+    """Reads what is there or not, keys that are no plain strings, and values of classes."""
+
+    amount = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.options: dict[Any, float] = {Kind.ONE: 1.0, (0, 1): 1.0, "it's": 1.0}
+        self.flags = {"a"}
+        self.gain = Gain()
+        self.array = np.ones(4, np.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor = self.options[Kind.ONE] * self.options[0, 1] * self.options["it's"] * self.amount
+        factor *= 3.0 if "x" in self.options else 1.0
+        factor *= self.options.get("y", 1.0) * getattr(self, "other", 1.0)
+        factor *= (3.0 if "x" in self.flags else 1.0) * (2.0 if hasattr(self, "some") else 1.0)
+        return (self.gain(self.linear(x)) * factor * torch.from_numpy(self.array)).sum()
+
+
+ANSWERS: dict[str, Callable[[Asks], Any]] = {
+    "enum key": lambda m: m.options.update({Kind.ONE: 2.0}),
+    "tuple key": lambda m: m.options.update({(0, 1): 2.0}),
+    "quoted key": lambda m: m.options.update({"it's": 2.0}),
+    "key of a dict": lambda m: m.options.update({"x": 1.0}),
+    "dict.get": lambda m: m.options.update({"y": 2.0}),
+    "key of a set": lambda m: m.flags.add("x"),
+    "hasattr": lambda m: setattr(m, "some", 1),
+    "getattr": lambda m: setattr(m, "other", 2.0),
+    "shadowed": lambda m: setattr(m, "amount", 2.0),
+    "class": lambda m: setattr(type(m.gain), "amount", 3.0),
+    "callable": lambda m: setattr(m, "gain", Double()),
+    "array": lambda m: setattr(m, "array", np.full(4, 2, np.float32)),
+    "forward of a module": lambda m: setattr(m.linear, "forward", lambda x: x + 1),
+    "forward": lambda m: setattr(m, "forward", lambda x: m.linear(x).square().sum()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:program")
+def test_what_is_asked_of_values_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After each change, one on top of the other, the engine answers as the model does."""
+    monkeypatch.setattr(Gain, "amount", 1.0)
+    torch.manual_seed(0)
+    model = Asks()
+    eager, x = copy.deepcopy(model), torch.ones(2, 4)
+    engine = zerograph.compile(model, config_for(3))
+    before = engine(x)
+    for what, change in ANSWERS.items():
+        change(model)
+        if what != "class":
+            change(eager)
+        found = engine(x)
+        assert torch.equal(found, eager(x)), what
+        assert not torch.equal(found, before), what
+        before = found
+
+
+class Gives(nn.Module):
+    """Changes what it was given, in the caller's eyes or in its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.seen = [torch.zeros(4)]
+
+    def forward(self, batch: dict[str, Any], what: str, **more: Any) -> Any:
+        hidden = self.linear(batch["x"])
+        if what == "item":
+            batch["hidden"] = hidden
+        elif what == "popped":
+            batch.pop("x")
+        elif what == "returned":
+            batch["hidden"] = hidden
+            return batch
+        elif what == "tensor":
+            self.seen[0].add_(1)
+        elif what == "own":
+            hidden = hidden * more.pop("scale")
+        return hidden.sum()
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("item", "changes its argument batch"),
+        ("popped", "changes its argument batch"),
+        ("returned", "in a container that it was given and changed"),
+        ("tensor", "that is no buffer of its module.*register_buffer"),
+    ],
+)
+def test_a_changed_argument_or_tensor_is_refused(what: str, says: str) -> None:
+    with pytest.raises(CaptureError, match=says):
+        zerograph.compile(Gives(), config_for(0))({"x": torch.ones(2, 4)}, what)
+
+
+def test_further_keyword_arguments_may_be_taken_out() -> None:
+    model, batch = Gives(), {"x": torch.ones(2, 4)}
+    expected = model(batch, "own", scale=2.0)
+    assert torch.equal(zerograph.compile(model, config_for(0))(batch, "own", scale=2.0), expected)
+
+
+def test_an_assertion_on_values_is_kept() -> None:
+    class Asserts(Outer):
+        def forward(self, x: Tensor) -> Tensor:
+            torch._assert_async(x.min() > 0, "not positive")  # what dynamo makes of `assert`
+            return super().forward(x)
+
+    engine = zerograph.compile(Asserts(), config_for(3))
+    engine.backward(engine(torch.ones(2, 4)))
+    with pytest.raises(RuntimeError, match="not positive"):
+        engine(-torch.ones(2, 4))
+
+
+class Counts(nn.Module):
+    """Buffers that are assigned what changed them in place: by `+=`, and by `out=` in spectral_norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
+        self.register_buffer("steps", torch.zeros(()))
+        self.steps: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        return (self.linear(x) * self.steps).square().sum()
+
+
+def test_a_buffer_that_is_assigned_itself() -> None:
+    model = Counts()
+    eager, engine, x = (
+        copy.deepcopy(model),
+        zerograph.compile(model, config_for(3)),
+        torch.ones(2, 4),
+    )
+    for _ in range(3):
+        expected, found = eager(x), engine(x)
+        assert torch.equal(found, expected)
+    found.backward()
+    expected.backward()
+    for name, parameter in eager.named_parameters():
+        assert torch.equal(engine.gradients()[name], parameter.grad)  # type: ignore[arg-type]
+    state = engine.state_dict()
+    assert all(torch.equal(state[name], buffer) for name, buffer in eager.named_buffers())
+    assert state["steps"] == 3
+
+
+class Named(nn.Module):
+    """Python values that are called nearly as what the engine looks after itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.share_parameters, self.num_buffers, self.options = True, 2, {"training": 1}
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.linear(x) * self.num_buffers * self.options["training"]
+        return (hidden + 1 if self.share_parameters else hidden).sum()
+
+
+def test_values_called_like_parameters_and_modes_are_compared() -> None:
+    model = Named()
+    engine, x = zerograph.compile(model, config_for(3)), torch.ones(2, 4)
+    before = engine(x)
+    model.num_buffers = 4
+    assert not torch.equal(engine(x), before)
+    model.num_buffers, model.share_parameters = 2, False
+    assert torch.allclose(engine(x), before - x.shape[0] * 4)
+    model.share_parameters, model.options["training"] = True, 2
+    assert not torch.equal(engine(x), before)
 
 
 def test_what_torch_and_transformers_note_for_themselves_is_accepted() -> None:

@@ -8,7 +8,7 @@ functions that the forward used, lengths of lists, keys of dicts, hooks, the typ
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from zerograph import compat
 from zerograph.errors import CaptureError
 
 _VALUES = (
-    *("CONSTANT_MATCH", "EQUALS_MATCH", "ID_MATCH"),
+    *("CONSTANT_MATCH", "EQUALS_MATCH", "ID_MATCH", "CLASS_MATCH"),
     *("FUNCTION_MATCH", "CLOSURE_MATCH", "BUILTIN_MATCH"),
 )
 _FACTS = {
@@ -28,14 +28,30 @@ _FACTS = {
     "EMPTY_NN_MODULE_HOOKS_DICT": "tuple({})",
     "TYPE_MATCH": "type({})",
     "TENSOR_MATCH": "_Same({})",
+    "HASATTR": "hasattr({}, {of})",
+    "NOT_PRESENT_IN_GENERIC_DICT": "{of} in {}.__dict__",
+    **dict.fromkeys(("DICT_CONTAINS", "DICT_NOT_CONTAINS"), "{of} in {}"),
+    **dict.fromkeys(("SET_CONTAINS", "SET_NOT_CONTAINS"), "{of} in {}"),
 }
-"""What is compared of a value, by the kind of its guard."""
-_ELSEWHERE = ("G['__builtins", "G['__import_torch", "G['__import_transformers")
-"""Beginnings of sources that no training loop changes."""
-_KEYED = re.compile(r"\.training$|_parameters\b|_buffers\b")
-"""Sources that the key of a call, or the engine itself, looks after."""
+"""What is compared of a value, by the kind of its guard; `of` is the attribute or key that is asked for."""
+_ELSEWHERE = re.compile(r"__builtins_|__import_(torch|transformers)($|_dot_)")
+"""Globals that no training loop changes."""
+_KEYED = re.compile(r"\._(parameters|buffers)\b")
+"""Sources that the engine itself looks after; a module's `training` is in the key of a call (`_is_mode`)."""
+_ARRAY = re.compile(r"___from_numpy\((.*)\)")
+"""An array is the same as long as it is the same object."""
 _STEP = re.compile(r"\.[A-Za-z_]\w*|\['[^']*'\]|\[-?\d+\]")
-_GONE = (AttributeError, IndexError, KeyError, TypeError)
+_GONE = (AttributeError, IndexError, KeyError, TypeError, NameError)
+
+
+@dataclass(frozen=True)
+class _Fact:
+    """An expression over the module and globals that is compared at every call."""
+
+    text: str
+    """With "{}" for the source, and "{of}" for the constant."""
+    source: str
+    of: Any
 
 
 @dataclass(frozen=True)
@@ -66,31 +82,41 @@ class Reads:
 
 def reads_of(model: nn.Module, effects: compat.Effects) -> Reads:
     """What the capture of `model` read, with the values that it saw."""
-    facts: dict[str, str] = {}
-    for read in effects.reads:
-        fact = _FACTS.get(read.guard)
-        ours = read.source.startswith((f"L['{effects.own}']", "G['"))
-        if fact is None or not ours or read.source.startswith(_ELSEWHERE):
-            continue
-        if _KEYED.search(read.source) or (read.guard == "TYPE_MATCH" and not _is_module(read)):
-            continue
-        facts.setdefault(fact.format(read.source), read.source)
-    steps = {source: _steps(source) for source in facts.values()}
-    usable = {fact: source for fact, source in facts.items() if steps[source] is not None}
+    facts = list(dict.fromkeys(_facts(effects)))
     while True:
-        function = _function(list(usable), list(usable.values()), effects)
+        function = _function(facts, effects)
         try:
             values = function(model)
             break
         except _GONE:  # made by the forward itself: no call sees it before
-            usable = {f: s for f, s in usable.items() if _exists(f, s, effects, model)}
-    return Reads(tuple(_spoken(s, effects.own) for s in usable.values()), values, function)
+            facts = [fact for fact in facts if _exists(fact, effects, model)]
+    return Reads(tuple(_spoken(f, effects.own) for f in facts), values, function)
+
+
+def _facts(effects: compat.Effects) -> Iterator[_Fact]:
+    yield _Fact("{}.__dict__.get({of})", f"L['{effects.own}']", "forward")
+    for read in effects.reads:
+        text = _FACTS.get(read.guard)
+        if text is None or not _is_ours(read.source, effects) or _KEYED.search(read.source):
+            continue
+        if not _is_mode(read.source, effects):
+            yield _Fact(text, _ARRAY.sub(r"\1", read.source), read.of)
+
+
+def _is_ours(source: str, effects: compat.Effects) -> bool:
+    """Whether it starts from the module or from a global of the user's; the call's arguments do not."""
+    locals_ = re.findall(r"L\['([^']*)'\]", source)
+    globals_ = re.findall(r"G\['([^']*)'\]", source)
+    if any(name != effects.own for name in locals_) or any(map(_ELSEWHERE.match, globals_)):
+        return False
+    return bool(locals_ or globals_)
 
 
 def refuse_lost_writes(model: nn.Module, effects: compat.Effects) -> None:
-    """Raise CaptureError if the forward changed its module or a global, which would be lost.
+    """Raise CaptureError if the forward changed its module, a global or an argument, which would be lost.
 
-    What torch's and transformers' own modules note for themselves is left out: they compute it again.
+    What torch's and transformers' own modules note for themselves is left out: they compute it again. So is
+    the dict of further keyword arguments, which is new at each call.
     """
     for write in effects.writes:
         if write.source.endswith("._buffers"):
@@ -98,9 +124,14 @@ def refuse_lost_writes(model: nn.Module, effects: compat.Effects) -> None:
                 "the forward assigns a new tensor to a buffer of the module, which a captured forward "
                 "would lose; change the buffer in place (`self.count.add_(1)`, `self.mean.copy_(new)`)"
             )
-        ours = write.source.startswith((f"L['{effects.own}']", "G['"))
-        if ours and not write.source.startswith(_ELSEWHERE) and not _notes(model, write, effects):
-            where = _spoken(write.source, effects.own)
+        root = re.match(r"([LG])\['([^']*)'\]", write.source)
+        if root is None or (root[1] == "G" and _ELSEWHERE.match(root[2])):
+            continue
+        if root[1] == "L" and root[2] != effects.own:
+            if write.source != f"L['{effects.extra}']":
+                _refuse_argument(model, write)
+        elif not _notes(model, write, effects):
+            where = _said(write.source, effects.own)
             what = ", ".join(f"{where}.{name}".lstrip(".") for name in write.attributes) or where
             raise CaptureError(
                 f"the forward of {type(model).__name__} changes {what} in Python, which a captured forward "
@@ -109,22 +140,32 @@ def refuse_lost_writes(model: nn.Module, effects: compat.Effects) -> None:
             )
 
 
+def _refuse_argument(model: nn.Module, write: compat.Write) -> None:
+    what = re.sub(r"^L\['([^']*)'\]", r"\1", write.source)
+    raise CaptureError(
+        f"the forward of {type(model).__name__} changes its argument {what} in Python, which the caller "
+        "of the engine would not see; return the value, or change a copy (`dict(batch)`, `list(items)`)"
+    )
+
+
 def _notes(model: nn.Module, write: compat.Write, effects: compat.Effects) -> bool:
     """Whether the changed object is of torch or transformers."""
     try:
-        changed = _function([write.source], [write.source], effects)(model)[0]
+        changed = _function([_Fact("{}", write.source, None)], effects)(model)[0]
     except _GONE:
         return False
     return type(changed).__module__.startswith(("torch.", "transformers."))
 
 
-def _is_module(read: compat.Read) -> bool:
-    return bool(re.search(r"_modules(\['[^']*'\])$", read.source))
+def _is_mode(source: str, effects: compat.Effects) -> bool:
+    """Whether it is `training` of a module below the model, or of the model."""
+    module = rf"L\['{re.escape(effects.own)}'\](\._modules\['[^']*'\])*\.training"
+    return re.fullmatch(module, source) is not None
 
 
-def _exists(fact: str, source: str, effects: compat.Effects, model: nn.Module) -> bool:
+def _exists(fact: _Fact, effects: compat.Effects, model: nn.Module) -> bool:
     try:
-        _function([fact], [source], effects)(model)
+        _function([fact], effects)(model)
     except _GONE:
         return False
     return True
@@ -146,31 +187,40 @@ def _steps(source: str) -> list[str] | None:
 
 
 def _function(
-    facts: list[str], sources: list[str], effects: compat.Effects
+    facts: list[_Fact], effects: compat.Effects
 ) -> Callable[[nn.Module], tuple[Any, ...]]:
     """A function of the module that answers all facts; common beginnings are looked up once."""
     lines: list[str] = []
     known = {f"L['{effects.own}']": "module"}
     answers = []
-    for fact, source in zip(facts, sources):
-        steps = _steps(source) or [source]
+    for index, fact in enumerate(facts):
         path, name = "", ""
-        for step in steps:
+        for step in _steps(fact.source) or [fact.source]:
             path += step
             if path not in known:
                 known[path] = f"v{len(known)}"
                 lines.append(f"  {known[path]} = {name + step if name else path}")
             name = known[path]
-        answers.append(fact.replace(source, name))
+        answers.append(fact.text.format(name, of=f"of[{index}]"))
     body = "\n".join(lines)
-    code = f"def read(module):\n{body}\n  return ({''.join(a + ', ' for a in answers)})"
-    scope: dict[str, Any] = {"G": effects.globals, "_Same": _Same}
+    code = (
+        f"def read(module):\n  L = {{{effects.own!r}: module}}\n{body}\n"
+        f"  return ({''.join(a + ', ' for a in answers)})"
+    )
+    constants = [fact.of for fact in facts]
+    scope = {**compat.guard_names(), "G": effects.globals, "_Same": _Same, "of": constants}
     exec(code, scope)
     made: Callable[[nn.Module], tuple[Any, ...]] = scope["read"]
     return made
 
 
-def _spoken(source: str, own: str) -> str:
+def _spoken(fact: _Fact, own: str) -> str:
+    """As the user would write it: `layers.0.tau`, `'x' in options`."""
+    said = _said(fact.source, own)
+    return said if fact.of is None else f"{fact.of!r} in {said}".removesuffix(" in ")
+
+
+def _said(source: str, own: str) -> str:
     """A source as the user would write it: `layers.0.tau`, `BETA`."""
     text = re.sub(r"\.__dict__\['([^']*)'\]", r".\1", source.removeprefix(f"L['{own}']"))
     text = re.sub(r"\.?_modules\['([^']*)'\]", r".\1", re.sub(r"^G\['([^']*)'\]", r"\1", text))

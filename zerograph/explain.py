@@ -2,14 +2,16 @@
 
 import linecache
 import os
+import re
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from zerograph import compat
 from zerograph.errors import CaptureError
@@ -25,6 +27,15 @@ _CHANGES = (
     (
         "pytree-flattenable",
         "pass plain containers: engine(**batch), or engine(dict(batch)) if the forward takes one mapping",
+    ),
+    (
+        "data-dependent expression",
+        "keep what is computed of a tensor a tensor; a BatchNorm needs a `momentum` that is a number",
+    ),
+    (
+        "module>.random.",
+        "draw with torch (`torch.rand(())`) and choose with torch.where, or draw in the training loop and "
+        "pass the number as a tensor",
     ),
     ("nonzero", "use a mask of fixed shape (torch.where, multiplication) instead of selecting"),
     ("dynamic shape operator", "use a mask of fixed shape instead of selecting by a condition"),
@@ -53,6 +64,47 @@ def explained(model: nn.Module, call: Callable[[], Any], mode: FakeTensorMode) -
         if own is not None:
             raise own from None
         raise CaptureError(explanation(model, error)) from error
+    except SyntaxError as error:  # of dynamo's own code, which then has no outputs to return
+        raise CaptureError(
+            f"{type(model).__name__}.forward returns its results in a container that it was given and "
+            "changed; return a new one (`{**batch, 'hidden': hidden}`)"
+        ) from error
+
+
+def refuse_unknown_sizes(model: nn.Module, captured: compat.Captured) -> None:
+    """Raise CaptureError where a size, or a Python number, is known only once a tensor's values are."""
+    for node in captured.module.graph.nodes:
+        value = node.meta.get("example_value", node.meta.get("val"))
+        if not any(map(compat.depends_on_data, tree_leaves(value))):
+            continue
+        if isinstance(value, compat.SYMBOLIC):
+            what = "a Python number is made of a tensor's value"
+            why = "the graph is captured once, and would keep the number of that call"
+            change = (
+                "keep it a tensor: divide, multiply and compare without `.item()`, int() or float()"
+            )
+        else:
+            what = "a size depends on the values of a tensor"
+            why = "the plan knows all sizes, and the bytes of every collective, before it runs"
+            change = (
+                "multiply by a mask, or choose with torch.where, instead of selecting; of experts, "
+                "compute each on all rows, or on as many as its capacity (`topk`)"
+            )
+        raise CaptureError(
+            f"{type(model).__name__}.forward cannot be captured as one graph: {what}\n"
+            f"{_line_of(node)}"
+            f"  why:    {why}\n"
+            f"  change: {change}"
+        )
+
+
+def _line_of(node: fx.Node) -> str:
+    """The innermost line that dynamo noted for a node, and that is not torch's."""
+    noted = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', node.meta.get("stack_trace") or "")
+    for file, line, function in reversed(noted):
+        if not file.startswith(_TORCH):
+            return _at(file, int(line), function, linecache.getline(file, int(line)))
+    return ""
 
 
 def _own_exception(
@@ -63,7 +115,7 @@ def _own_exception(
     An exception out of torch's own code is believed only if the capture met an exception as well.
     """
     try:
-        with mode:
+        with mode, compat.quiet():
             call()
     except Exception as error:
         unreal = type(error).__module__.startswith(
@@ -117,5 +169,9 @@ def _user_line(error: Exception) -> str:
     if not frames:
         return ""
     frame = frames[-1]
-    source = (frame.line or linecache.getline(frame.filename, frame.lineno or 0)).strip()
-    return f"  at:     {frame.filename}:{frame.lineno} in {frame.name}\n            {source}\n"
+    source = frame.line or linecache.getline(frame.filename, frame.lineno or 0)
+    return _at(frame.filename, frame.lineno or 0, frame.name, source)
+
+
+def _at(file: str, line: int, function: str, source: str) -> str:
+    return f"  at:     {file}:{line} in {function}\n            {source.strip()}\n"

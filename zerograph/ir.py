@@ -262,7 +262,8 @@ def _has_effect(node: fx.Node) -> bool:
         return target in ops.EFFECTS
     if not isinstance(target, OpOverload):
         return False
-    return is_random(node) or target._schema.is_mutable
+    asserts = target.overloadpacket is torch.ops.aten._assert_async
+    return is_random(node) or target._schema.is_mutable or asserts
 
 
 def _identifier(text: str) -> str:

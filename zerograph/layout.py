@@ -181,6 +181,7 @@ def layout_of(
     blocks = block_of_each(model, list(tensors))
     members: dict[tuple[str, bool, torch.dtype, bool], list[Param]] = {}
     for name, tensor in tensors.items():
+        _require_real(name, tensor)
         param = Param(
             name=name,
             shape=tuple(tensor.shape),
@@ -197,6 +198,15 @@ def layout_of(
     whole = [(block, False, found) for (block, *_), found in members.items()]
     mesh = Mesh.flat(world, model_parallel)
     return replace(packed(mesh, whole, groups), blocks=tuple(repeated_blocks(model)))
+
+
+def _require_real(name: str, parameter: torch.Tensor) -> None:
+    if parameter.requires_grad and parameter.dtype.is_complex:
+        dtype, own = str(parameter.dtype).removeprefix("torch."), name.rpartition(".")[2]
+        raise PlanError(
+            f"parameter {name} is {dtype}, and complex parameters are not trained; make "
+            f"torch.view_as_real({own}) the parameter, and have the forward call torch.view_as_complex on it"
+        )
 
 
 def is_part(parameter: torch.Tensor) -> bool:

@@ -41,9 +41,15 @@ def _module_name(node: fx.Node) -> str:
 
 
 def require_gradients(graph: TrainGraph, model: nn.Module) -> None:
-    """A trainable parameter that a differentiable output depends on must have a gradient."""
+    """A trainable parameter that a differentiable output depends on must have a gradient, and a dense one."""
     if not graph.training:
         return
+    for gradient, node in zip(graph.gradients, graph.outputs("backward"), strict=True):
+        if isinstance(node, fx.Node) and node.meta["val"].layout is not torch.strided:
+            raise CaptureError(
+                f"the gradient of {gradient.name} is sparse, and gradients are reduced in dense buckets; "
+                "make its module (torch.nn.Embedding or EmbeddingBag) with sparse=False"
+            )
     have = {gradient.name for gradient in graph.gradients if gradient.kind == "param"}
     assert all(graph.layout.params[name].trainable for name in have), "laid out as frozen"
     results = zip(graph.results, graph.outputs("forward"), strict=True)

@@ -22,7 +22,7 @@ from zerograph import compat, nodes
 from zerograph.boundaries import mark_captured
 from zerograph.effects import Reads, reads_of, refuse_lost_writes
 from zerograph.errors import CaptureError
-from zerograph.explain import explained
+from zerograph.explain import explained, refuse_unknown_sizes
 from zerograph.fakes import fake_inputs, fake_state, substituted
 from zerograph.integrations import transformers
 from zerograph.ir import Gradient, Result, TrainGraph
@@ -82,6 +82,7 @@ def trace(
         autocast = precision.around_forward(device)
         with autocast, substituted(model, {**params, **buffers}), explained(model, call, mode):
             captured = transformers.capture(model, fake_args, fake_kwargs)
+            refuse_unknown_sizes(model, captured)
             returned, rebuild = dissect(captured.rebuilt)
             joint = compat.export_joint(captured)
     refuse_lost_writes(model, captured.effects)
@@ -222,6 +223,11 @@ def _sections(
                 raise CaptureError(
                     f"the forward changes parameter {role.name} in place; use a buffer, or change it "
                     "inside `zerograph.gathered`"
+                )
+            if role.kind == "constant":
+                raise CaptureError(
+                    "the forward changes a tensor in place that is no buffer of its module; make it one with "
+                    "register_buffer(name, tensor)"
                 )
             kind = "input_update" if role.kind == "input" else "update"
             found.append((Result(kind, role.name), node))

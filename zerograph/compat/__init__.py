@@ -10,9 +10,11 @@ is mended here and nowhere else:
                  torch._subclasses.fake_tensor.FakeTensorMode
     checkpoint.py  node.meta: ac_graph_id, recompute
     effects.py   torch._dynamo.functional_export.fullgraph_capture and the guards of what it makes
+                 torch._dynamo.guards._get_closure_vars
                  torch._dynamo.side_effects.SideEffects: codegen_save_tempvars, _get_modified_vars
     symbols.py   torch._dynamo.maybe_mark_dynamic, TracingContext.tensor_to_context
                  ShapeEnv: guards, var_to_sources, create_symintnode; SymInt.node
+                 torch.fx.experimental.symbolic_shapes.free_unbacked_symbols
                  torch.utils._sympy: interp, printers, reference
     runtime.py   torch.distributed.distributed_c10d: _get_default_store, _resolve_process_group
                  ProcessGroup._get_backend(device).options._timeout
@@ -33,9 +35,16 @@ from torch._functorch._aot_autograd.descriptors import (
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from zerograph.compat.capture import Captured, capture, export_joint, new_fake_mode, user_frames
+from zerograph.compat.capture import (
+    Captured,
+    capture,
+    export_joint,
+    new_fake_mode,
+    quiet,
+    user_frames,
+)
 from zerograph.compat.checkpoint import checkpoint_call, policy_keeps
-from zerograph.compat.effects import Effects, Read, Write
+from zerograph.compat.effects import Effects, Read, Write, guard_names
 from zerograph.compat.logs import trace_text
 from zerograph.compat.runtime import (
     clear_saved,
@@ -51,6 +60,7 @@ from zerograph.compat.runtime import (
 )
 from zerograph.compat.symbols import (
     SYMBOLIC,
+    depends_on_data,
     exact,
     function_of,
     guards_of,
@@ -81,11 +91,13 @@ __all__ = [
     "checkpoint_call",
     "clear_saved",
     "default_store",
+    "depends_on_data",
     "exact",
     "export_joint",
     "function_of",
     "group_beside",
     "group_named",
+    "guard_names",
     "guards_of",
     "has_step_hooks",
     "hint",
@@ -97,6 +109,7 @@ __all__ = [
     "new_size",
     "optimizer_hooks",
     "policy_keeps",
+    "quiet",
     "show",
     "sizes_of",
     "symbol_of",

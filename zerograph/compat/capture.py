@@ -111,9 +111,10 @@ def _export_joint(captured: Captured) -> tuple[fx.GraphModule, list[int]]:
 
 @contextlib.contextmanager
 def _quiet_of_effects() -> Iterator[None]:
-    """Without dynamo's warning of side effects, which are recorded."""
+    """Without dynamo's warnings of side effects, which are recorded, and of what is an error anyway."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*we found certain side effects")
+        warnings.filterwarnings("ignore", message="Dynamo does not know how to trace the builtin")
         yield
 
 
@@ -142,7 +143,7 @@ def _dynamo_settings() -> Iterator[None]:
         if not name.startswith("_") and callable(method := getattr(logging.Logger, name))
     }
     with (
-        _quiet("torch._subclasses.fake_tensor"),
+        quiet(),
         _quiet("torch._dynamo.metrics_context"),  # 2.11 cannot log the setting that follows
         config.patch(  # type: ignore[attr-defined]
             assume_static_by_default=True,
@@ -154,6 +155,11 @@ def _dynamo_settings() -> Iterator[None]:
         ),
     ):
         yield
+
+
+def quiet() -> contextlib.AbstractContextManager[None]:
+    """Without what fake tensors log of an operator that raises, which is raised as well."""
+    return _quiet("torch._subclasses.fake_tensor")
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 from torch._dynamo.source import TensorProperty, TensorPropertySource
-from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
+from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP, free_unbacked_symbols
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.reference import PythonReferenceAnalysis
@@ -67,6 +67,11 @@ def exact(value: Any) -> Any:
 def hint(value: Any) -> int:
     """A size at the call that was captured."""
     return int(value.node.hint) if isinstance(value, torch.SymInt) else int(value)
+
+
+def depends_on_data(value: Any) -> bool:
+    """Whether a number, or a size of a tensor, is known only once the values of a tensor are."""
+    return isinstance(value, (torch.Tensor, *SYMBOLIC)) and bool(free_unbacked_symbols(value))
 
 
 def function_of(

@@ -146,7 +146,7 @@ def aliasing(tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], ...]:
 
 
 def modes() -> Hashable:
-    """Grad, inference and autocast modes, and the determinism that changes which kernels are used."""
+    """Grad, inference and autocast modes, the default dtype, and the determinism that changes kernels."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
@@ -155,4 +155,5 @@ def modes() -> Hashable:
             for device in ("cpu", "cuda")
         ),
         torch.are_deterministic_algorithms_enabled(),
+        torch.get_default_dtype(),
     )

@@ -166,6 +166,15 @@ KNOBS = (
         sized(2, allgather_bucket_size=72),
     ),
     Knob(
+        "zero_optimization.reduce_scatter",
+        "When it is false, each bucket of gradients is summed in whole by an all-reduce, and every rank "
+        "keeps its slice: the same numbers, for twice the bytes on a link. So it is at stages 1 to 3, as in "
+        "DeepSpeed (there at stage 3 with contiguous_gradients, which always holds here). Stage 0 sums in "
+        "whole anyway.",
+        base(2),
+        sized(2, reduce_scatter=False),
+    ),
+    Knob(
         "zero_optimization.stage3_param_persistence_threshold",
         "Parameters with fewer elements stay gathered from step to step, in buckets of their own that are "
         "handled as at stage 2: no gather in forward or backward, and one of the new values behind the "

@@ -127,7 +127,10 @@ def _numbers(rank: int, world: int) -> dict[str, Any]:
     expected = train(plain, rank)
     found: dict[str, Any] = {"hpz differs": differing(train(hpz, rank), expected)}
     found["hpz's slices differ"] = differing(slices(hpz), slices(plain))
-    found["mics"] = apart(train(mics, rank), expected)
+    scattered = train(mics, rank)
+    found["mics"] = apart(scattered, expected)
+    whole = engine_for(MICS | {"reduce_scatter": False})
+    found["mics in whole differs"] = differing(train(whole, rank), scattered)
     found["slices"] = slices(mics)
     found["bytes"] = [engine.state.nbytes() for engine in (plain, hpz, mics)]
     found["peaks"] = [_peaks(engine, rank) for engine in (hpz, mics)]
@@ -180,6 +183,7 @@ def test_groups_train_as_the_whole_world_does() -> None:
     for found in ranks:
         assert found["hpz differs"] == found["hpz's slices differ"] == []
         assert found["mics"] < CLOSE
+        assert found["mics in whole differs"] == []
         for measured, planned in found["peaks"]:
             assert abs(measured - planned) <= BOUND * measured
         kinds = "gather", "gather over node", "gather_partials", "reduce_scatter"

@@ -19,7 +19,7 @@ from zerograph import ops, pipeline, verify
 from zerograph.config import load_config
 from zerograph.errors import AgreementError, VerifyError
 from zerograph.ir import TrainGraph
-from zerograph.nodes import is_call, is_recomputed, region_of
+from zerograph.nodes import is_call, is_recomputed, region_of, slice_of
 from zerograph.optimizer import optimizer_of
 from zerograph.planning import default_arriving, passes_for
 from zerograph.runtime.agree import first_difference
@@ -59,7 +59,14 @@ def fault(stage: int, says: str, **more: Any) -> Callable[..., Any]:
     return register
 
 
-GROUPS = {"": {}, "mics": {"mics_shard_size": 4}, "hpz": {"zero_hpz_partition_size": 4}}
+GROUPS: dict[str, dict[str, Any]] = {
+    "": {},
+    "mics": {"mics_shard_size": 4},
+    "hpz": {"zero_hpz_partition_size": 4},
+    "whole": {"reduce_scatter": False},
+    "whole mics": {"reduce_scatter": False, "mics_shard_size": 4},
+}
+"""Other keys of `zero_optimization`."""
 _good: dict[tuple[int, str, str, int, int, str], tuple[TrainGraph, frozenset[str]]] = {}
 
 
@@ -729,6 +736,66 @@ def reduced_again_in_the_step(graph: TrainGraph) -> None:
     with graph.inserting(graph.first("step"), "step") as insert:
         mean = find(graph, ops.accumulate, "b1")
         insert(ops.wait, insert(ops.reduce_scatter, mean, *factors))
+
+
+@fault(2, "the sum of all of b1 goes to accumulate.*, not a slice of it", groups="whole")
+def all_of_a_sum_is_kept(graph: TrainGraph) -> None:
+    own = slice_of(find(graph, ops.all_reduce, "b1"))
+    assert own is not None
+    drop(graph, own, own.args[0])
+
+
+@fault(
+    1,
+    "the update of b1 in the step takes wait.*, which is not the mean",
+    accumulation=2,
+    groups="whole",
+)
+def update_with_all_of_a_sum(graph: TrainGraph) -> None:
+    update = find(graph, ops.update, "b1")
+    for user in list(update.args[1].users):
+        user.replace_input_with(update.args[1], update.args[1].args[0])
+
+
+@fault(
+    2,
+    "the reduce_scatter of b1 in the backward averages otherwise than the all_reduce of b3",
+    groups="whole",
+)
+def one_bucket_scattered(graph: TrainGraph) -> None:
+    summed = find(graph, ops.all_reduce, "b1")
+    own = slice_of(summed)
+    assert own is not None
+    drop(graph, own, own.args[0])
+    with graph.inserting(summed, "backward") as insert:
+        drop(graph, summed, insert(ops.reduce_scatter, *summed.args))
+
+
+@fault(
+    3,
+    "the all_reduce of b1 in the backward is over dp_replicate, not dp_shard",
+    groups="whole mics",
+)
+def sum_of_a_bucket_over_the_copies(graph: TrainGraph) -> None:
+    summed = find(graph, ops.all_reduce, "b1")
+    summed.kwargs = {"axis": "dp_replicate"}
+    set_arg(summed, 4, 2)
+
+
+@fault(
+    3, "the partition of b1 in the backward is over all ranks, not dp_shard", groups="whole mics"
+)
+def slice_over_all_ranks(graph: TrainGraph) -> None:
+    own = slice_of(find(graph, ops.all_reduce, "b1"))
+    assert own is not None
+    own.kwargs = {}
+
+
+@fault(2, "the partition of b1 in the backward works on .* of bucket b2", groups="whole")
+def slice_of_another_buckets_sum(graph: TrainGraph) -> None:
+    one, other = (slice_of(find(graph, ops.all_reduce, name)) for name in ("b1", "b2"))
+    assert one is not None and other is not None
+    one.replace_input_with(one.args[0], other.args[0])
 
 
 @fault(2, "frozen bucket b0 has a gradient buffer")

@@ -81,6 +81,18 @@ def is_ahead(node: fx.Node) -> bool:
     return is_call(node, ops.gather) and node.args[3:] == (True,)
 
 
+def is_reduced(partition: fx.Node) -> bool:
+    """Whether a partition is a slice of what an all-reduce answers, not of gathered parameters."""
+    given = cast(fx.Node, partition.args[0])
+    return is_call(given, ops.wait) and is_call(cast(fx.Node, given.args[0]), ops.all_reduce)
+
+
+def slice_of(reduction: fx.Node) -> fx.Node | None:
+    """The partition that a rank takes of a reduction, once it is there; None if it keeps all it is given."""
+    users = (user for wait in reduction.users for user in wait.users)
+    return next((user for user in users if is_call(user, ops.partition)), None)
+
+
 def is_call(node: fx.Node, *targets: OpOverload) -> bool:
     return node.op == "call_function" and node.target in targets
 

@@ -18,7 +18,8 @@ operator knows a rank.
     gather          start an all-gather of a bucket's shards; the result is pending until waited for; with
                     `ahead` it is the one that the step before has started, if it has
     gather_ahead    start that all-gather, for the next forward
-    partition       this rank's slice of a gathered bucket, as a copy that outlives it
+    partition       this rank's slice of a gathered bucket, or of one of gradients that was all-reduced, as a
+                    copy that outlives it
     wait            the value of a pending collective or copy
     param           a parameter as a view of its (full) bucket
     release         the bucket's full storage ends here

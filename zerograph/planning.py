@@ -255,7 +255,8 @@ def _reductions_under_way(config: ZeroConfig) -> int:
 
 def average_of(config: ZeroConfig, world: int) -> Average:
     """How the config's keys average gradients over ranks; the default divides after the sum."""
+    scatters = config.zero_optimization.reduce_scatter
     if config.prescale_gradients:
-        return Average(before=world)
+        return Average(before=world, scatters=scatters)
     mean = config.gradient_allreduce_op == "mean"
-    return Average(before=config.gradient_predivide_factor, mean=mean)
+    return Average(before=config.gradient_predivide_factor, mean=mean, scatters=scatters)

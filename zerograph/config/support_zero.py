@@ -11,7 +11,7 @@ ZERO_ROWS = (
     *built(under(_ZERO, "stage stage3_prefetch_bucket_size stage3_max_live_parameters")),
     *built(under(_ZERO, "stage3_max_reuse_distance overlap_comm")),
     *built(under(_ZERO, "mics_shard_size zero_hpz_partition_size")),
-    *built(under(_ZERO, "reduce_bucket_size allgather_bucket_size")),
+    *built(under(_ZERO, "reduce_bucket_size allgather_bucket_size reduce_scatter")),
     *built(under(_ZERO, "stage3_param_persistence_threshold stage3_model_persistence_threshold")),
     *advises(under(_ZERO, "round_robin_gradients"), _SCHEDULED),
     *advises(
@@ -19,8 +19,8 @@ ZERO_ROWS = (
         "the optimizer updates one bucket after the other, so there is no other group to size",
     ),
     *advises(
-        under(_ZERO, "reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions"),
-        "the stage alone decides which collectives are used",
+        under(_ZERO, "use_multi_rank_bucket_allreduce allgather_partitions"),
+        "stage and reduce_scatter alone decide which collectives are used",
     ),
     *advises(
         under(_ZERO, "contiguous_gradients"), "gradients are always written into flat buckets"

@@ -5,7 +5,7 @@
     %3 = aten.native_layer_norm  one storage a result
     zero.wait %b0, zero.put      their first argument's
     a gradient put in place      its buffer's
-    zero.partition %b1           one of its own, of parameters
+    zero.partition %b1           one of its own, of parameters or, behind an all-reduce, gradients
     zero.place %1, %a0[3]        the arena's, and so does %1 if it is made in place
     %b0.sum = zero.accumulate    %b0.kept's; the gradient's own where nothing is kept yet
 
@@ -38,6 +38,7 @@ from zerograph.nodes import (
     is_ahead,
     is_call,
     is_recomputed,
+    is_reduced,
     is_view,
     module_of,
     region_of,
@@ -49,7 +50,7 @@ HOST = "host"
 _RESIDENT = ("full", "shard", "master", "state", "buffer", "constant", "param", "size", "hyper")
 """Placeholders that are no storage of the step's own."""
 _IN_PLACE = frozenset((ops.wait, ops.put, ops.param, ops.all_reduce, ops.refresh, ops.refreshed))
-_ALONE = _IN_PLACE | frozenset((*ops.COLLECTIVES, ops.gather_ahead))
+_ALONE = _IN_PLACE | frozenset((*ops.COLLECTIVES, ops.gather_ahead, ops.partition))
 """What answers its first argument where there is nobody to talk to."""
 
 
@@ -177,7 +178,7 @@ class Lifetimes:
         if is_call(node, ops.gather, ops.gather_ahead):
             return "gathered"
         if is_call(node, ops.partition):
-            return "parameters"
+            return "gradients" if is_reduced(node) else "parameters"
         if is_call(node, ops.offload):
             return HOST
         if is_recomputed(node):

@@ -16,6 +16,13 @@ is reduced, whichever gradients this graph has, so that the order of collectives
 backward weighs 1/accumulation (with weighted accumulation 1: the losses carry their weights, and `update`
 divides by their sum).
 
+Where the config has `reduce_scatter` false a bucket is summed in whole, and a rank keeps its slice of it: the
+same numbers for twice the bytes on a link.
+
+      %b0.whole = zero.all_reduce %b0.grad
+      zero.wait %b0.whole
+      %b0.mean = zero.partition %b0.whole
+
 With copies (MiCS, arXiv:2205.00119 section 3.4, its 2-hop synchronization) a reduction has two halves, the
 second in the step where that has several backwards:
 
@@ -36,6 +43,7 @@ from zerograph import ops
 from zerograph.ir import Gradient, Inserter, TrainGraph
 from zerograph.layout import Bucket
 from zerograph.mesh import Mesh, over
+from zerograph.nodes import axis_of, is_call
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,8 @@ class Average:
     """Divisor of each rank's gradients before the sum; the rest is divided after it."""
     mean: bool = True
     """False for the plain sum."""
+    scatters: bool = True
+    """Whether a rank that keeps a slice is given that alone; else all of the bucket, of which it takes it."""
 
     def factors(self, world: int) -> tuple[float, float]:
         """(pre, post) of `post * sum over ranks of (pre * gradient)`."""
@@ -106,7 +116,8 @@ class Reduce:
         with graph.inserting(place, "backward", bucket.block) as insert:
             grad = filled
             if graph.reduces_early:
-                grad = insert(ops.wait, _start(graph, insert, self.average, bucket, grad))
+                started = _start(graph, insert, self.average, bucket, grad)
+                grad = _arrived(graph, insert, bucket, started)
             if graph.mesh.copies and not graph.syncs_late:
                 grad = insert(ops.wait, _along_copies(graph, insert, self.average, bucket, grad))
             return insert(ops.accumulate, kept, grad, bucket.name, self.weight)
@@ -130,19 +141,29 @@ def means(
         sent = cast_to(insert, node, graph.precision.reduce(bucket.dtype))
         started[bucket] = start(graph, insert, average, bucket, sent)
         if not overlaps:
-            started[bucket] = insert(ops.wait, started[bucket])
+            started[bucket] = _arrived(graph, insert, bucket, started[bucket])
     if not overlaps:
         return started
-    return {bucket: insert(ops.wait, node) for bucket, node in started.items()}
+    return {bucket: _arrived(graph, insert, bucket, node) for bucket, node in started.items()}
 
 
 def _start(
     graph: TrainGraph, insert: Inserter, average: Average, bucket: Bucket, sent: fx.Node
 ) -> fx.Node:
     """The reduction of one bucket, over the ranks that hold it together."""
-    target = ops.all_reduce if graph.stage == 0 else ops.reduce_scatter
+    scatters = average.scatters and graph.stage > 0
+    target = ops.reduce_scatter if scatters else ops.all_reduce
     mesh, (factors, _) = graph.mesh, average.halves(graph.mesh)
     return insert(target, sent, bucket.name, *factors, mesh.slices, **over(mesh.cut))
+
+
+def _arrived(graph: TrainGraph, insert: Inserter, bucket: Bucket, started: fx.Node) -> fx.Node:
+    """What a rank keeps of a reduction: what it is given, or its slice of that."""
+    given, mesh = insert(ops.wait, started), graph.mesh
+    whole = is_call(started, ops.all_reduce) and axis_of(started) == mesh.cut
+    if graph.stage == 0 or not whole:
+        return given
+    return insert(ops.partition, given, bucket.name, mesh.slices, **over(mesh.cut))
 
 
 def _along_copies(

@@ -22,7 +22,7 @@ The wait of a reduction moves behind the start of the next `in_flight - 1` reduc
 order of collectives follows from the graph alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import ClassVar
@@ -32,7 +32,7 @@ from torch import fx
 from zerograph import ops
 from zerograph.errors import PlanError
 from zerograph.ir import TrainGraph
-from zerograph.nodes import bucket_of, is_call, region_of
+from zerograph.nodes import axis_of, bucket_of, is_call, region_of
 from zerograph.passes.ahead import start_gathers, start_refreshes
 
 
@@ -73,8 +73,7 @@ class Schedule:
         if self.in_flight < 2:
             return 0
         sunk, done = 0, _behind_reductions(graph)
-        for kind in (ops.reduce_scatter, ops.all_reduce):
-            starts = [n for n in graph.nodes("backward") if is_call(n, kind)]
+        for starts in _halves(graph):
             for index, start in enumerate(starts):
                 later = index + self.in_flight - 1
                 place = starts[later].next if later < len(starts) else graph.end("backward")
@@ -187,8 +186,18 @@ class _Line:
             self.graph.save(gather)
 
 
+def _halves(graph: TrainGraph) -> Iterable[list[fx.Node]]:
+    """The starts of the backward's reductions, in order: those along the copies apart from the others."""
+    found: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes("backward"):
+        if is_call(node, ops.reduce_scatter, ops.all_reduce):
+            found.setdefault(axis_of(node), []).append(node)
+    return found.values()
+
+
 def _behind(start: fx.Node, done: list[fx.Node]) -> Iterator[fx.Node]:
-    """What follows the start of a reduction: its wait, that along the copies, and what is `done` then."""
+    """What follows the start of a reduction: its wait, a slice of it, what goes along the copies, and what is
+    `done` then."""
     node = start
     while node not in done:
         node = _wait_of(node) if is_call(node, *ops.COLLECTIVES) else next(iter(node.users))

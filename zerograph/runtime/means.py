@@ -6,7 +6,7 @@ the config says. Here the same nodes are a program of their own, so that the bit
     step()
       %0: bf16[n] = aten._to_copy(%b0.kept, dtype=bf16)      # where they are reduced in another dtype
       %b0.mean = zero.reduce_scatter %0                      # stage 0: all_reduce
-      zero.wait %b0.mean
+      zero.wait %b0.mean                                     # reduce_scatter false: this rank's slice of all
 
 Where every backward reduces (stages 2 and 3, or one backward a step) what is kept are the means; with copies
 (MiCS) and several backwards, those of one copy, and what is left is the sum along the copies.

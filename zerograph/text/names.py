@@ -7,7 +7,7 @@ from torch import fx
 from zerograph import ops
 from zerograph.ir import TrainGraph
 from zerograph.mesh import MODEL
-from zerograph.nodes import axis_of, bucket_of, is_call, role_of
+from zerograph.nodes import axis_of, bucket_of, is_call, is_reduced, role_of, slice_of
 from zerograph.sizes import Sizes
 
 
@@ -97,6 +97,10 @@ def _zero_name(node: fx.Node, names: Names) -> str:
         return "%used_anywhere"
     if is_call(node, ops.sum_weights):
         return "%weights"
+    if is_call(node, ops.all_reduce) and slice_of(node) is not None:
+        return f"%{bucket_of(node)}.whole"
+    if is_call(node, ops.partition) and is_reduced(node):
+        return f"%{bucket_of(node)}{'.group' if axis_of(node) else '.mean'}"
     suffix = {
         ops.gather: "",
         ops.partition: ".second",

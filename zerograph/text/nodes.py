@@ -19,6 +19,7 @@ from zerograph.nodes import (
     is_ahead,
     is_call,
     is_recomputed,
+    is_reduced,
     map_tensors,
     module_of,
     region_of,
@@ -70,7 +71,7 @@ def _zero_line(node: fx.Node, names: Names) -> str:
     target = f"zero.{cast(OpOverload, node.target)._schema.name.partition('::')[2]}"
     name, args = names[node], node.args
     first = _value(args[0], names)
-    if is_call(node, ops.gather, ops.partition):
+    if is_call(node, ops.gather) or (is_call(node, ops.partition) and not is_reduced(node)):
         where = named(f"{target} {args[1]}", axis_of(node))
         return f"{name} = {where}" + (" ahead" if is_ahead(node) else "")
     if is_call(node, ops.gather_ahead):
@@ -127,7 +128,7 @@ def _shown(node: fx.Node) -> Sequence[Any]:
     if is_call(node, ops.reduce_scatter, ops.all_reduce):
         buffer, pre, post, world = args
         return [buffer] if (pre, post) == (1.0, 1 / cast(int, world)) else [buffer, pre, post]
-    if is_call(node, *ops.COLLECTIVES, ops.partition_activation):
+    if is_call(node, *ops.COLLECTIVES, ops.partition, ops.partition_activation):
         return args[:-1]
     return args[:-1] if is_call(node, ops.accumulate) and args[-1] == 1.0 else args
 

@@ -8,7 +8,7 @@ from torch import fx
 from zerograph import ops
 from zerograph.ir import TrainGraph
 from zerograph.mesh import ALL, MODEL
-from zerograph.nodes import axis_of, is_call, region_of
+from zerograph.nodes import axis_of, is_call, is_reduced, region_of
 from zerograph.verify.common import bucket_of, say
 
 _OF_SLICES = (
@@ -24,7 +24,7 @@ _OF_MODEL = (ops.partition_activation, ops.gather_activation)
 
 
 def axes_fit(graph: TrainGraph) -> Iterator[str]:
-    """Slices are gathered and reduced over the axis over which they are cut; sums go along the copies.
+    """Slices are gathered and reduced over the axis over which they are cut; their sums go along the copies.
 
     With model-parallel ranks partials of all data-parallel ones are then gathered among these.
     """
@@ -32,15 +32,21 @@ def axes_fit(graph: TrainGraph) -> Iterator[str]:
     for node in graph.nodes():
         due = mesh.cut if is_call(node, *_OF_SLICES) else ALL
         if is_call(node, ops.all_reduce):
-            due = mesh.copies
+            due = mesh.cut if _is_whole(graph, node) else mesh.copies
         elif is_call(node, ops.partition):
-            due = mesh.second or "no axis"
+            due = mesh.cut if is_reduced(node) else mesh.second or "no axis"
         elif is_call(node, ops.gather) and is_call(_source(node), ops.partition):
             due = axis_of(_source(node))
         elif is_call(node, *_OF_MODEL) or _is_of_gathered(graph, node):
             due = MODEL
         if ops.is_zero(node.target) and axis_of(node) != due:
             yield f"{say(node)} is over {axis_of(node) or 'all ranks'}, not {due or 'all ranks'}"
+
+
+def _is_whole(graph: TrainGraph, reduction: fx.Node) -> bool:
+    """Whether a reduction is of all of a bucket, not of a slice."""
+    whole = graph.layout.buckets[str(bucket_of(reduction))].numel
+    return bool(reduction.meta["val"].numel() == whole)
 
 
 def _is_of_gathered(graph: TrainGraph, node: fx.Node) -> bool:
@@ -54,7 +60,7 @@ def slices_are_kept(graph: TrainGraph) -> Iterator[str]:
     """A slice is of a bucket that the forward has gathered, and is kept for a gather of the backward."""
     saved = graph.outputs("saved")
     for node in graph.nodes():
-        if not is_call(node, ops.partition):
+        if not is_call(node, ops.partition) or is_reduced(node):
             continue
         full = _source(node)
         if not is_call(full, ops.wait) or not is_call(_source(full), ops.gather):

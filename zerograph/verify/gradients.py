@@ -6,11 +6,12 @@ from typing import cast
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from zerograph import ops
 from zerograph.codegen import in_place
 from zerograph.ir import TrainGraph
-from zerograph.nodes import is_call, role_of
+from zerograph.nodes import axis_of, is_call, role_of
 from zerograph.verify.common import bucket_of, say, source_of
 
 
@@ -68,11 +69,15 @@ def _chain(graph: TrainGraph, buffer: fx.Node, puts: Counter[str]) -> Iterator[s
         puts[param.name] += 1
         node = user
     if graph.reduces_early:
-        reduction = ops.all_reduce if graph.stage == 0 else ops.reduce_scatter
-        if not is_call(user, reduction) or user.args[1] != bucket:
+        if not is_call(user, *_reductions(graph)) or user.args[1] != bucket:
             yield f"the buffer of {bucket} goes to {user.name} unreduced"
             return
-        user = _behind(user)
+        whole, user = is_call(user, ops.all_reduce), _behind(user)
+        if whole and graph.stage > 0:
+            if not is_call(user, ops.partition):
+                yield f"the sum of all of {bucket} goes to {user.name}, not a slice of it"
+                return
+            user = next(iter(user.users), user)
         if graph.mesh.copies and not graph.syncs_late:
             if not is_call(user, ops.all_reduce) or user.args[1] != bucket:
                 yield f"the gradients of {bucket} go to {user.name} without those of the other copies"
@@ -82,6 +87,11 @@ def _chain(graph: TrainGraph, buffer: fx.Node, puts: Counter[str]) -> Iterator[s
         return  # `updates_agree` knows the rest
     if not is_call(user, ops.accumulate) or user.args[2] != bucket:
         yield f"the gradients of {bucket} are not accumulated but go to {user.name}"
+
+
+def _reductions(graph: TrainGraph) -> tuple[OpOverload, ...]:
+    """What sums a bucket over the ranks that hold it together."""
+    return (ops.all_reduce,) if graph.stage == 0 else (ops.reduce_scatter, ops.all_reduce)
 
 
 def _behind(start: fx.Node) -> fx.Node:
@@ -116,9 +126,10 @@ def accumulated_once(graph: TrainGraph) -> Iterator[str]:
 
 
 def reductions_agree(graph: TrainGraph) -> Iterator[str]:
-    """All gradients are averaged in the same way."""
-    for kind in (ops.reduce_scatter, ops.all_reduce):
-        found = [n for n in graph.nodes() if is_call(n, kind)]
-        for node in found:
-            if node.args[2:] != found[0].args[2:]:
-                yield f"{say(node)} averages otherwise than {say(found[0])}"
+    """All gradients are averaged in the same way, along each axis."""
+    first: dict[str, fx.Node] = {}
+    for node in graph.nodes():
+        if is_call(node, ops.reduce_scatter, ops.all_reduce):
+            other = first.setdefault(axis_of(node), node)
+            if (node.target, node.args[2:]) != (other.target, other.args[2:]):
+                yield f"{say(node)} averages otherwise than {say(other)}"

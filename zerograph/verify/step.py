@@ -11,7 +11,7 @@ from torch import fx
 from zerograph import ops
 from zerograph.ir import TrainGraph
 from zerograph.mesh import MODEL
-from zerograph.nodes import Region, axis_of, is_call
+from zerograph.nodes import Region, axis_of, is_call, is_reduced
 from zerograph.passes.update_in_backward import reads
 from zerograph.verify.common import bucket_of, say, source_of
 
@@ -54,13 +54,12 @@ def updates_stand_behind_reads(graph: TrainGraph) -> Iterator[str]:
 
 def updates_agree(graph: TrainGraph) -> Iterator[str]:
     """Every update takes its bucket's mean gradient, and the same flags and control."""
-    late = ops.all_reduce if graph.stage == 0 or graph.mesh.copies else ops.reduce_scatter
     kept = graph.reduces_early and not (graph.syncs_late or graph.updates_in_backward)
-    mean = ops.accumulate if kept else late
     updates = [n for n in graph.nodes(_where(graph)) if is_call(n, ops.update)]
     for node in updates:
         grad, used, control = (cast(fx.Node, node.args[i]) for i in (1, 5, 6))
-        if not is_call(source_of(grad), mean):
+        source = source_of(grad)
+        if not (is_call(source, ops.accumulate) if kept else _is_mean(graph, source)):
             yield f"{say(node)} takes {grad.name}, which is not the mean over ranks"
         if control is not updates[0].args[6]:
             yield f"{say(node)} takes another factor or skip than {say(updates[0])}"
@@ -68,6 +67,13 @@ def updates_agree(graph: TrainGraph) -> Iterator[str]:
             yield f"{say(node)} does not know which parameters other ranks used"
     for node in updates[:1]:
         yield from _control_is_whole(graph, node)
+
+
+def _is_mean(graph: TrainGraph, node: fx.Node) -> bool:
+    """Whether a value is the last reduction of a bucket, or its slice where that is of all."""
+    if graph.stage == 0 or graph.mesh.copies:
+        return is_call(node, ops.all_reduce)
+    return is_call(node, ops.reduce_scatter) or (is_call(node, ops.partition) and is_reduced(node))
 
 
 def _control_is_whole(graph: TrainGraph, update: fx.Node) -> Iterator[str]:

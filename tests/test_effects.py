@@ -248,6 +248,7 @@ ANSWERS: dict[str, Callable[[Asks], Any]] = {
     "callable": lambda m: setattr(m, "gain", Double()),
     "array": lambda m: setattr(m, "array", np.full(4, 2, np.float32)),
     "forward of a module": lambda m: setattr(m.linear, "forward", lambda x: x + 1),
+    "hook of the model": lambda m: m.register_forward_hook(lambda m, args, out: out * 2),
     "forward": lambda m: setattr(m, "forward", lambda x: m.linear(x).square().sum()),
 }
 

@@ -445,6 +445,29 @@ def test_a_copy_of_a_compiled_model_belongs_to_nobody(tmp_path: Path) -> None:
     assert (tmp_path / "model.pt").stat().st_size < 100_000, "the engine's state was saved as well"
 
 
+def test_what_would_have_no_values_is_an_error_with_the_way(tmp_path: Path) -> None:
+    engine, model = pair(blocks)
+    owned, batch = engine.module, batches(1)[0]
+    engine(**batch)
+    uses: dict[str, Callable[[], Any]] = {
+        r"take engine\.state_dict\(\)": owned.state_dict,
+        r"copy it within zerograph\.gathered": lambda: copy.deepcopy(owned),
+        r"save engine\.state_dict\(\)": lambda: torch.save(owned, tmp_path / "model.pt"),
+    }
+    for way, use in uses.items():
+        with pytest.raises(PlanError, match=rf"would have no values.*{way}"):
+            use()
+        with zerograph.gathered(engine):
+            use()
+    with pytest.raises(PlanError, match="this state dict would have no values"):
+        owned.head.state_dict()
+    with zerograph.gathered(owned.head.parameters()):
+        assert torch.equal(owned.head.state_dict()["weight"], model.head.weight)
+    engine.destroy()
+    for use in uses.values():
+        use()
+
+
 def test_after_destroy_nothing_but_destroying_is_left() -> None:
     engine, _ = pair(blocks)
     engine.destroy()

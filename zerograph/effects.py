@@ -7,6 +7,7 @@ A program serves a call only if everything that its capture read is still the sa
 functions that the forward used, lengths of lists, keys of dicts, hooks, the types of submodules, globals.
 """
 
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ _KEYED = re.compile(r"\._(parameters|buffers)\b")
 """Sources that the engine itself looks after; a module's `training` is in the key of a call (`_is_mode`)."""
 _ARRAY = re.compile(r"___from_numpy\((.*)\)")
 """An array is the same as long as it is the same object."""
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _STEP = re.compile(r"\.[A-Za-z_]\w*|\['[^']*'\]|\[-?\d+\]")
 _GONE = (AttributeError, IndexError, KeyError, TypeError, NameError)
 
@@ -94,7 +96,9 @@ def reads_of(model: nn.Module, effects: compat.Effects) -> Reads:
 
 
 def _facts(effects: compat.Effects) -> Iterator[_Fact]:
-    yield _Fact("{}.__dict__.get({of})", f"L['{effects.own}']", "forward")
+    own = f"L['{effects.own}']"
+    yield _Fact("{}.__dict__.get({of})", own, "forward")
+    yield from (_Fact("tuple({})", f"{own}.{hooks}", None) for hooks in _HOOKS)
     for read in effects.reads:
         text = _FACTS.get(read.guard)
         if text is None or not _is_ours(read.source, effects) or _KEYED.search(read.source):
@@ -141,11 +145,20 @@ def refuse_lost_writes(model: nn.Module, effects: compat.Effects) -> None:
 
 
 def _refuse_argument(model: nn.Module, write: compat.Write) -> None:
-    what = re.sub(r"^L\['([^']*)'\]", r"\1", write.source)
     raise CaptureError(
-        f"the forward of {type(model).__name__} changes its argument {what} in Python, which the caller "
-        "of the engine would not see; return the value, or change a copy (`dict(batch)`, `list(items)`)"
+        f"the forward of {type(model).__name__} changes its argument {_argument(model, write.source)} in "
+        "Python, which the caller of the engine would not see; return the value, or change a copy "
+        "(`dict(batch)`, `list(items)`)"
     )
+
+
+def _argument(model: nn.Module, source: str) -> str:
+    """`L['args'][0]['x']`, as a module's call has it, by the forward's own name: `batch['x']`."""
+    code = getattr(inspect.unwrap(model.forward), "__code__", None)
+    if code is not None:
+        names = code.co_varnames[1:]
+        source = re.sub(r"^L\['args'\]\[(\d+)\]", lambda m: names[int(m[1])], source)
+    return re.sub(r"^L\['(?:kwargs'\]\[')?([^']*)'\]", r"\1", source)
 
 
 def _notes(model: nn.Module, write: compat.Write, effects: compat.Effects) -> bool:

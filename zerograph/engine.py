@@ -29,6 +29,7 @@ from zerograph.plan import Plan
 from zerograph.planning import average_of
 from zerograph.runtime import values
 from zerograph.runtime.flat import optimizer_on
+from zerograph.runtime.guard import guard
 from zerograph.runtime.key import call_of
 from zerograph.runtime.lr_schedule import scheduler_of
 from zerograph.runtime.means import Means
@@ -120,6 +121,7 @@ class Engine:
         self._plan: Plan | None = None
         self._run = Runner(model, self.state, self._updates, self._received)
         self._parameters = Parameters.of(model)
+        self._guard = guard(self.state)
 
     # Training
 
@@ -306,6 +308,8 @@ class Engine:
         if self.optimizer is not None:
             self.optimizer.release()
         self._programs.clear()
+        for handle in self._guard:
+            handle.remove()
         self._run.arenas.release()
         self.state.storages.clear()
         return self.module

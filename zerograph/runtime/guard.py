@@ -1,0 +1,72 @@
+"""guard: a model whose values an engine has says so when it is saved or copied.
+
+Parameters that an engine owns keep shapes and names, and have no values. What would write a checkpoint of NaN
+in silence is an error instead that names the way:
+
+    torch.save(model.state_dict()), save_pretrained   engine.state_dict()
+    copy.deepcopy(model), torch.save(model)           within zerograph.gathered(engine), or after destroy()
+
+Within `gathered` all of it works. `state_dict(keep_vars=True)` is left alone: it answers the parameters
+themselves. (A hook on the forward would be traced by every capture; a forward of the model itself is NaN.)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from zerograph.errors import PlanError
+from zerograph.runtime.state import State
+
+
+def guard(state: State) -> list[RemovableHandle]:
+    """Set the hooks; removing the handles ends it."""
+    return [
+        inner.register_state_dict_pre_hook(_Hook(state, f"{name}." if name else ""))
+        for name, inner in state.module.named_modules()
+    ]
+
+
+@dataclass
+class _Hook:
+    """Of one engine; in a copy of its model it is of none."""
+
+    state: State
+    prefix: str
+    """Of the names of its module's parameters."""
+
+    def __call__(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        if not keep_vars:
+            way = (
+                "take engine.state_dict() (save_pretrained(folder, state_dict=engine.state_dict()))"
+            )
+            self.require("this state dict", way)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Callable[..., None]":
+        self.require("a copy of the model", "copy it within zerograph.gathered(engine)")
+        return _passes
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        self.require("the saved model", "save engine.state_dict()")
+        return _no_hook, ()
+
+    def require(self, what: str, change: str) -> None:
+        """Raise PlanError if a parameter of the module is without values."""
+        names = (name for name in self.state.parameters if name.startswith(self.prefix))
+        hidden = next((name for name in names if name not in self.state.shown), None)
+        if hidden is not None:
+            raise PlanError(
+                f"{what} would have no values: an engine owns the parameters of "
+                f"{type(self.state.module).__name__} ({hidden} is the first); {change}, or end the engine "
+                "with engine.destroy()"
+            )
+
+
+def _passes(*given: Any) -> None:
+    """The hook of a copy."""
+
+
+def _no_hook() -> Callable[..., None]:
+    return _passes

@@ -150,7 +150,7 @@ class Joining(parallel.Layer):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.up(parallel.Copied.apply(self.norm(x), self.group))
         made = parallel.Summed.apply(self.down(F.gelu(hidden)), self.group)
-        return x + torch.tanh(made + self.bias)
+        return x + made * self.bias
 
 
 @functools.cache
@@ -193,7 +193,7 @@ def test_shares_lie_in_arenas(cpu: bool) -> None:
 def test_what_a_budget_keeps_is_shared(number: int) -> None:
     """If all have it; alone each value comes back by itself, and beside regions what they join with them."""
     more = {"contiguous_memory_optimization": number > 0}
-    plan, whole = (joining(number, share, 0.5, **more) for share in (True, False))
+    plan, whole = (joining(number, share, 0.3, **more) for share in (True, False))
     bounds = {n.args[0] for n in calls(plan, ops.checkpoint)}.intersection(
         plan.graph.outputs("saved")
     )

@@ -406,6 +406,20 @@ KNOBS = (
         model="tall",
     ),
     Knob(
+        "activation_checkpointing.contiguous_memory_optimization",
+        "With `partition_activations` a rank's share is written to its row, and gathered from there.",
+        base(activation_checkpointing={"number_checkpoints": 2, "partition_activations": True}),
+        base(
+            activation_checkpointing={
+                "number_checkpoints": 2,
+                "partition_activations": True,
+                "contiguous_memory_optimization": True,
+            }
+        ),
+        variant="shares",
+        model="parallel",
+    ),
+    Knob(
         "activation_checkpointing.synchronize_checkpoint_boundary",
         "The device is waited for where a region begins and where it ends, in forward and backward.",
         base(activation_checkpointing={"number_checkpoints": 2}),

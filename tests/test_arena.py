@@ -1,6 +1,7 @@
 """contiguous_memory_optimization: what lies in arenas and where, whose memory it is, that no bit changes.
 
-And the two other keys of DeepSpeed's section: `synchronize_checkpoint_boundary` and `profile`.
+Shares of model-parallel ranks, which lie there too, are in test_partition.py. And the two other keys of
+DeepSpeed's section: `synchronize_checkpoint_boundary` and `profile`.
 """
 
 import functools
@@ -289,13 +290,6 @@ def test_a_gradient_leaves_as_a_copy() -> None:
 def test_it_needs_number_checkpoints() -> None:
     with pytest.raises(ConfigError, match="needs number_checkpoints, the number of checkpoints"):
         load_config({"activation_checkpointing": {"contiguous_memory_optimization": True}})
-
-
-def test_shares_are_no_part_of_it() -> None:
-    section = {"number_checkpoints": 2, "contiguous_memory_optimization": True}
-    given = {"activation_checkpointing": {**section, "partition_activations": True}}
-    with pytest.raises(ConfigError, match="contiguous_memory_optimization and partition_activati"):
-        load_config(given)
 
 
 # Boundaries that are waited for, and timed

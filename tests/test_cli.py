@@ -238,6 +238,12 @@ def test_factories(factories: Path) -> None:
         ("{}:pair", ["--world-size", -1], "world_size must be at least 1, got -1"),
         (
             "{}:pair",
+            ["--world-size", 8, "--model-parallel", 3],
+            "model_parallel=3 does not divide world_size=8, which counts all ranks",
+        ),
+        ("{}:pair", ["--model-parallel", 0], "model_parallel must be at least 1, got 0"),
+        (
+            "{}:pair",
             ["--cluster", "h10"],
             "no cluster 'h10' and no file of that name; did you mean 'h100'?",
         ),
@@ -262,6 +268,22 @@ def test_what_configs_do_not_allow(factories: Path) -> None:
     Path("seven.json").write_text(json.dumps(tiny.config(3, train_batch_size=7)))
     said = refused("plan", pair, "--config", "seven.json", "--world-size", 4)
     assert "train_batch_size=7 is not a multiple of" in said
+
+
+def test_model_parallel_ranks(tmp_path: Path) -> None:
+    """--world-size counts all ranks; batch keys, --fit's as well, count data-parallel ones."""
+    section = {"number_checkpoints": 2, "partition_activations": True}
+    config = tiny.config(3, train_batch_size=256, activation_checkpointing=section)
+    (tmp_path / "mp.json").write_text(json.dumps(config))
+    inputs = ["--input", "x=f32[64,32]", "--input", "target=f32[64,32]"]
+    given = ["tests.parallel:Parallel(2, 2, 'mp')", *inputs, "--config", tmp_path / "mp.json"]
+    given += ["--world-size", 8, "--model-parallel", 2]
+    shown = ok("plan", *given, "--batch", 64, "-o", tmp_path / "mp.plan.json")
+    assert "4 ranks" in shown and "\nmesh  dp 4 x mp 2; buckets are cut over dp\n" in shown
+    assert re.search(r"\n gather_activation over mp +1 +8\.0 KiB\n", shown)
+    assert "zero.gather_activation" in ok("show", tmp_path / "mp.plan.json", "--skeleton")
+    found = json.loads(ok("plan", *given, "--batch", 64, "--fit", "1GB", "--json"))
+    assert [entry["accumulation"] for entry in found["fits"]] == [1] * 4
 
 
 def test_batch_changes_the_accumulation(factories: Path) -> None:

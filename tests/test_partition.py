@@ -1,4 +1,7 @@
-"""partition_activations: no bit changes on 2 x 2 ranks, and kept bytes halve; what is shared and refused."""
+"""partition_activations: no bit changes on 2 x 2 ranks, and kept bytes halve; what is shared and refused.
+
+With contiguous_memory_optimization shares lie in arenas, on the device or on the host.
+"""
 
 import functools
 import re
@@ -17,10 +20,14 @@ from tests.oracle import config_for
 from tests.ranks import run_ranks
 from tests.storages import Storages, held_by
 from tests.traces import captured_once
-from zerograph import checkpointing, ops
+from zerograph import arenas, checkpointing, ops
+from zerograph.alike import every, own_values
+from zerograph.codegen.arenas import places
 from zerograph.compat import hint
 from zerograph.config import load_config
+from zerograph.cost import nbytes
 from zerograph.errors import ConfigError, PlanError, ZerographError
+from zerograph.kept import SMALLEST
 from zerograph.layout import layout_of
 from zerograph.mesh import MODEL
 from zerograph.nodes import REGIONS, is_call
@@ -28,8 +35,9 @@ from zerograph.plan import Plan
 from zerograph.planning import plan_of
 from zerograph.precision import precision_of
 from zerograph.runtime.world import World
-from zerograph.trace import trace
+from zerograph.trace import Trace, trace
 from zerograph.units import size
+from zerograph.verify.arenas import rows_are_apart
 
 ROWS, DEPTH, PARTS = 256, 3, 2
 BOUNDARY = ROWS * parallel.WIDTH * 4
@@ -136,21 +144,91 @@ def test_what_is_a_rank_s_own_stays_whole() -> None:
     )
 
 
+class Joining(parallel.Layer):
+    """One whose backward reads what its all-reduce gave."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(parallel.Copied.apply(self.norm(x), self.group))
+        made = parallel.Summed.apply(self.down(F.gelu(hidden)), self.group)
+        return x + made * self.bias
+
+
+@functools.cache
+def joining_trace() -> Trace:
+    model, inputs = parallel.Parallel(DEPTH, PARTS, "mp"), tiny.batch(ROWS, parallel.WIDTH)
+    model.layers = nn.ModuleList(Joining(PARTS, "mp") for _ in range(DEPTH))
+    return tiny.traced(model, inputs, 4, model_parallel=PARTS)
+
+
+def joining(number: int = DEPTH, share: bool = True, budget: float = 0, **more: bool) -> Plan:
+    """What enters each region but the first is shared, and what each of them joins."""
+    section = {"number_checkpoints": number, "partition_activations": share, **more}
+    chosen = {"compile": {"activation_budget": budget}} if budget else {}
+    return tiny.planned(joining_trace(), 0, activation_checkpointing=section, **chosen)
+
+
+@pytest.mark.parametrize("cpu", [False, True])
+def test_shares_lie_in_arenas(cpu: bool) -> None:
+    """Those that go to the host in one there, and all others in one on the device."""
+    plan = joining(contiguous_memory_optimization=True, cpu_checkpointing=cpu)
+    apart = joining(cpu_checkpointing=cpu)
+    rows = [tuple(n.meta["val"].shape) for n in plan.graph.placeholders("arena")]
+    share = BOUNDARY // 4 // PARTS
+    assert rows == ([(DEPTH, share), (KEPT, share)] if cpu else [(DEPTH + KEPT, share)])
+    named = [(f"a{n}", row) for n, (count, _) in enumerate(rows) for row in range(count)]
+    assert sorted(places(plan.graph).values()) == named
+    assert (plan.memory.saved, plan.memory.host) == (apart.memory.saved, apart.memory.host)
+    assert plan.memory.host == cpu * KEPT * share * 4
+    line = r"zero\.partition_activation %\d+, %a0\[1\] over mp +# 16\.0 KiB at 16\.0 KiB"
+    assert re.search(rf"\.share: f32\[4096\] = {line}", str(plan)) and not calls(plan, ops.place)
+    graph = plan.graph.copy()
+    second = [
+        n for n in graph.nodes() if is_call(n, ops.partition_activation) and n.args[3:] == (1,)
+    ]
+    second[0].args = (*second[0].args[:3], 0)
+    assert any("both lie in row 0 of arena a0" in said for said in rows_are_apart(graph))
+
+
+@pytest.mark.parametrize("number", [0, DEPTH])
+def test_what_a_budget_keeps_is_shared(number: int) -> None:
+    """If all have it; alone each value comes back by itself, and beside regions what they join with them."""
+    more = {"contiguous_memory_optimization": number > 0}
+    plan, whole = (joining(number, share, 0.3, **more) for share in (True, False))
+    bounds = {n.args[0] for n in calls(plan, ops.checkpoint)}.intersection(
+        plan.graph.outputs("saved")
+    )
+    stays = {n for n in bounds if n.op != "placeholder" and nbytes(n) >= SMALLEST}
+    own = own_values(plan.graph, every)
+    assert stays and stays <= own
+    shares = calls(plan, ops.partition_activation)
+    assert len(shares) > KEPT and own.isdisjoint(shares)
+    assert whole.memory.saved - plan.memory.saved == sum(map(nbytes, shares))
+    gathers, waits = calls(plan, ops.gather_activation), calls(plan, ops.wait)
+    ready = [next(wait for wait in waits if wait.args[0] is gather) for gather in gathers]
+    assert number or all(before < gather for before, gather in zip(ready, gathers[1:]))
+
+
 @pytest.mark.parametrize("elements, parts", [(24, 2), (25, 2), (7, 4), (1, 4)])
 def test_shares_are_the_whole(elements: int, parts: int) -> None:
-    """In order, with what pads the last; of a value that is laid out otherwise as well."""
+    """In order, with what pads the last; of a value that is laid out otherwise as well; in an arena's row."""
     value = torch.arange(elements * 3, dtype=torch.float32).view(3, elements).t()
     ranks = [World(rank, parts, value.device, None) for rank in range(parts)]
-    shares = [replace(ranks[0], model=each).share(value, MODEL) for each in ranks]
+    worlds = [replace(ranks[0], model=each) for each in ranks]
+    shares = [world.share(value, MODEL) for world in worlds]
     assert len({len(share) for share in shares}) == 1
     assert len({share.untyped_storage().data_ptr() for share in (*shares, value)}) == parts + 1
     assert torch.equal(torch.cat(shares).as_strided(value.shape, value.stride()), value)
+    arena = torch.full((parts, len(shares[0]) + 3), torch.nan)
+    rows = [world.share(value, MODEL, arena, n) for n, world in enumerate(worlds)]
+    assert all(arenas.lies_in(row, arena, n) for n, row in enumerate(rows))
+    assert torch.equal(torch.cat(rows), torch.cat(shares))
 
 
 def test_sizes_that_vary() -> None:
-    """Shares, and the views of what is gathered, follow the size of the batch."""
+    """Shares, the views of what is gathered, and rows of arenas follow the size of the batch."""
     model, inputs = parallel.Parallel(DEPTH, PARTS, "mp"), tiny.batch(ROWS, parallel.WIDTH)
-    loaded, device = load_config(config(3)), torch.device("cpu")
+    loaded = load_config(config(3, contiguous_memory_optimization=True))
+    device = torch.device("cpu")
     precision = precision_of(model, loaded)
     layout, dims = layout_of(model, 2, precision, model_parallel=PARTS), ((0, 0), (1, 0))
     given: dict[str, Any] = {"layout": layout, "precision": precision, "device": device}
@@ -160,12 +238,17 @@ def test_sizes_that_vary() -> None:
         isinstance(s.meta["val"].shape[0], torch.SymInt) for s in shares
     )
     assert [hint(share.meta["val"].numel()) for share in shares] == [BOUNDARY // 4 // PARTS] * KEPT
+    (arena,) = plan.graph.placeholders("arena")
+    assert [hint(n) for n in arena.meta["val"].shape] == [KEPT, BOUNDARY // 4 // PARTS]
+    assert isinstance(arena.meta["val"].shape[1], torch.SymInt)
 
 
 def test_without_a_group_it_advises() -> None:
-    inputs = tiny.batch(ROWS, parallel.WIDTH)
-    plan = zerograph.plan(parallel.Parallel(DEPTH), config(0), example_inputs=inputs, world_size=2)
+    """What would be shared is kept whole, in an arena if there are some."""
+    inputs, given = tiny.batch(ROWS, parallel.WIDTH), config(0, contiguous_memory_optimization=True)
+    plan = zerograph.plan(parallel.Parallel(DEPTH), given, example_inputs=inputs, world_size=2)
     assert calls(plan, ops.partition_activation) == []
+    assert len(calls(plan, ops.place)) == KEPT
     assert "partition_activations=true: no model-parallel group was given" in plan.short()
 
 
@@ -187,13 +270,14 @@ def test_what_a_plan_refuses() -> None:
 
 
 def trained(model: nn.Module, given: dict[str, Any], **groups: Any) -> tuple[Any, ...]:
-    """(losses, norms, gradients, state, (held, planned), plan) of two steps."""
+    """(losses, norms, gradients, state, peak held, plan, sizes of arenas) of two steps."""
     engine = zerograph.compile(model, given, **groups)
     torch.manual_seed(100 + engine.world.rank)
     losses, norms, gradients = [], [], []
     for step in range(2):
         inputs = batch(engine.world.rank, step)
-        with Storages([*held_by(engine), *inputs.values()]) as seen:
+        memory = engine._run.arenas.tensors()
+        with Storages([*held_by(engine), *inputs.values(), *memory]) as seen:
             loss = engine(**inputs)
             engine.backward(loss)
             gradients.append(engine.gradients())
@@ -201,7 +285,8 @@ def trained(model: nn.Module, given: dict[str, Any], **groups: Any) -> tuple[Any
         losses.append(loss.item())
         norms.append(engine.get_global_grad_norm())
         del loss
-    return losses, norms, gradients, engine.state_dict(), seen.peak, engine.plan
+    rows = [len(each) for each in memory]
+    return losses, norms, gradients, engine.state_dict(), seen.peak, engine.plan, rows
 
 
 def differing(one: tuple[Any, ...], other: tuple[Any, ...]) -> list[str]:
@@ -256,7 +341,9 @@ def on_four(rank: int, world: int) -> dict[str, Any]:
     checkpointing.configure(mpu)
     forms = {"stage 0": trained(model(), config(0))}
     checkpointing.configure()
-    forms["on the host"] = trained(model(), config(3, cpu_checkpointing=True), mesh=mesh)
+    arena = {"contiguous_memory_optimization": True}
+    forms["in arenas"] = trained(model(), config(0, **arena), mpu=mpu)
+    forms["on the host"] = trained(model(), config(3, cpu_checkpointing=True, **arena), mesh=mesh)
     expected = dense(world // PARTS)
     gaps = [apart(a, b, index) for a, b in zip(whole[2], expected[2], strict=True)]
     norms = [abs(a - b) / b for a, b in zip(whole[1], expected[1], strict=True)]
@@ -278,6 +365,7 @@ def compared(whole: tuple[Any, ...], shared: tuple[Any, ...]) -> dict[str, Any]:
         "host": plans[1].memory.host,
         "beyond": [run[4] - run[5].memory.peak for run in (whole, shared)],
         "gathers": plans[1].traffic["gather_activation over mp"].nbytes,
+        "arenas": shared[6],
     }
 
 
@@ -322,7 +410,8 @@ def reports() -> list[dict[str, Any]]:
 
 
 def test_no_bit_changes_and_kept_bytes_halve() -> None:
-    """Losses, norms, gradients and parameters, at stage 0, and at stage 3 with shares on the host."""
+    """Losses, norms, gradients and parameters, at stage 0, with arenas, and at stage 3 with those on the
+    host."""
     for report in reports():
         for name, found in report["forms"].items():
             assert found["differing"] == [], name
@@ -331,8 +420,9 @@ def test_no_bit_changes_and_kept_bytes_halve() -> None:
             hosted = half if name == "on the host" else 0
             assert (whole - shared, found["host"]) == (half + hosted, hosted), name
             assert found["gathers"] == KEPT * BOUNDARY
+            assert found["arenas"] == [half // 4] * (name != "stage 0")
             before, after = found["beyond"]
-            assert name != "stage 0" or abs(after - before) < BOUNDARY / 4
+            assert name == "on the host" or abs(after - before) < BOUNDARY / 4
 
 
 def test_it_is_the_whole_model_s_step() -> None:

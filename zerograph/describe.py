@@ -42,6 +42,7 @@ def describe(
         model=graph.model,
         stage=graph.stage,
         world=graph.world,
+        mesh="".join(graph.mesh.lines()),
         precision=graph.precision.describe(),
         config=config.model_dump(mode="json", exclude_unset=True),
         buckets=tuple(

@@ -119,6 +119,8 @@ class Document(Saved, Countable):
     model: str
     stage: int
     world: int
+    mesh: str = ""
+    """The axes of the ranks, if there are several."""
     precision: str
     config: dict[str, Any]
     """The config keys that were given."""

@@ -13,7 +13,8 @@ operator knows a rank.
     offload         start a copy of a value to the host's memory, with an arena to its row there; it is
                     pending until waited for
     reload          start the copy of such a result back to the device
-    partition_activation  this rank's share of a value that all model-parallel ranks have, as a copy
+    partition_activation  this rank's share of a value that all model-parallel ranks have, as a copy, with
+                    an arena in its row there
     gather_activation     start an all-gather of such shares; the result is flat, with padding at its end
     gather          start an all-gather of a bucket's shards; the result is pending until waited for; with
                     `ahead` it is the one that the step before has started, if it has
@@ -103,8 +104,12 @@ def reload(host: Tensor, device: torch.device) -> Tensor:
     return torch.empty_like(host, device=device)
 
 
-@_define("partition_activation(Tensor value, int world, *, str axis='') -> Tensor")
-def partition_activation(value: Tensor, world: int, *, axis: str = "") -> Tensor:
+@_define(
+    "partition_activation(Tensor value, int world, Tensor? arena=None, int row=0, *, str axis='') -> Tensor"
+)
+def partition_activation(
+    value: Tensor, world: int, arena: Tensor | None = None, row: int = 0, *, axis: str = ""
+) -> Tensor:
     return value.new_empty((value.numel() + world - 1) // world)
 
 

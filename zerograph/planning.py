@@ -72,7 +72,7 @@ def plan(
     Raises ConfigError, CaptureError or PlanError.
     """
     loaded = load_config(config)
-    data_parallel = _data_parallel(world_size, model_parallel)
+    data_parallel = data_parallel_of(world_size, model_parallel)
     loaded.batch(data_parallel)
     loaded.mesh(data_parallel, model_parallel)
     client = None if optimizer is None else client_of(optimizer, model, loaded, param_groups)
@@ -82,9 +82,11 @@ def plan(
     return plan_of(traced, loaded, arriving, client)
 
 
-def _data_parallel(world: int, model: int) -> int:
-    """How many ranks have the same part of the model."""
-    if model < 1 or world % model:
+def data_parallel_of(world: int, model: int) -> int:
+    """How many of `world` ranks have the same part of the model. Raises PlanError."""
+    if model < 1:
+        raise PlanError(f"model_parallel must be at least 1, got {model}")
+    if world % model:
         raise PlanError(
             f"model_parallel={model} does not divide world_size={world}, which counts all ranks"
         )

@@ -25,7 +25,7 @@ def search(
     """Search and print; save the plan of the best in `output`. Exit code 1 if nothing fits."""
     budget, cluster = parse_bytes(given), cluster_of(options.cluster)
     config = config_from(path, options)
-    micros = micro_batches_of(config, options.world_size, options.batch)
+    micros = micro_batches_of(config, options.data_parallel, options.batch)
     if len(micros) > 1 and options.input:
         raise PlanError("--fit tries several micro-batches, and --input says one; give --batch too")
     found = fit(
@@ -33,7 +33,7 @@ def search(
         config,
         budget,
         cluster,
-        options.world_size,
+        options.data_parallel,
         micros,
     )
     if output is not None and found.fits:

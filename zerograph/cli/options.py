@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from zerograph.planning import data_parallel_of
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -32,6 +34,10 @@ class Options:
     """What a plan depends on besides the model and the config."""
 
     world_size: Annotated[int, typer.Option(help="Ranks.")] = 1
+    model_parallel: Annotated[
+        int,
+        typer.Option(help="Of these, how many compute one batch together, each with its part."),
+    ] = 1
     batch: Annotated[
         int | None, typer.Option(help="Micro-batch of a rank; by default what the config says.")
     ] = None
@@ -47,3 +53,8 @@ class Options:
     cluster: Annotated[
         str, typer.Option(metavar="NAME|FILE", help="The machines whose time is predicted.")
     ] = "h100"
+
+    @property
+    def data_parallel(self) -> int:
+        """How many ranks have the same part of the model. Raises PlanError."""
+        return data_parallel_of(self.world_size, self.model_parallel)

@@ -48,15 +48,15 @@ def planned(model: str, config: str | None, options: Options) -> Document:
 
 
 def config_from(path: str | None, options: Options) -> ZeroConfig:
-    """The config, with the micro-batch of --batch, checked for the world size."""
+    """The config, with the micro-batch of --batch, checked for the ranks."""
     if path is None:
         raise PlanError("a model is planned under a config: --config ds.json")
-    config = load_config(path)
-    config.batch(options.world_size)
-    config.mesh(options.world_size)
+    config, ranks = load_config(path), options.data_parallel
+    config.batch(ranks)
+    config.mesh(ranks, options.model_parallel)
     if options.batch is not None and options.batch > 0:
         config = with_micro_batch(config, options.batch)
-        config.batch(options.world_size)
+        config.batch(ranks)
     return config
 
 
@@ -66,14 +66,17 @@ def trace_for(model: str, config: ZeroConfig, options: Options, micro: int | Non
     for name, size in (("--batch", options.batch), ("--seq", options.seq)):
         if size is not None and size < 1:
             raise PlanError(f"{name} must be at least 1, got {size}")
-    usual = config.batch(options.world_size).micro_batch_size
+    usual = config.batch(options.data_parallel).micro_batch_size
     built = build(model, options.input, micro or options.batch, options.seq, usual)
     return _traced(built, config, options)
 
 
 def _traced(built: Built, config: ZeroConfig, options: Options) -> Trace:
+    ranks, parts = options.data_parallel, options.model_parallel
     try:
-        return trace_of(built.model, config, built.inputs, options.world_size, options.device)
+        return trace_of(
+            built.model, config, built.inputs, ranks, options.device, model_parallel=parts
+        )
     except ZerographError:
         raise
     except Exception as error:

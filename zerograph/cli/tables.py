@@ -55,6 +55,8 @@ def plan_parts(document: Document) -> Iterator[RenderableType]:
         f"{document.model}  ZeRO stage {document.stage}  {document.world:,} ranks  "
         f"{count:,} parameters in {len(document.buckets)} buckets"
     )
+    if document.mesh:
+        yield Text(document.mesh)
     yield Text(f"precision  {document.precision}")
     yield Text()
     yield title("buckets")

@@ -26,6 +26,9 @@ from zerograph.nodes import is_call, region_of, role_of, view_root
 ALIGNMENT = 128
 """Bytes; a place is aligned as memory of its own is (64 on a CPU), and no line of a cache is shared."""
 
+_ARENA: dict[Any, int] = {ops.place: 1, ops.offload: 1, ops.partition_activation: 2}
+"""What puts a value into an arena, and which of its arguments that is; the next one is the row."""
+
 
 def length_of(value: Tensor) -> int:
     """Elements of a row for such a value: its own, rounded up; a symbol where sizes vary."""
@@ -35,13 +38,13 @@ def length_of(value: Tensor) -> int:
 
 def arena_of(node: fx.Node) -> fx.Node | None:
     """The placeholder of the arena that a node's result lies in; None for one that has none."""
-    named = is_call(node, ops.place, ops.offload) and len(node.args) > 1
-    return cast(fx.Node, node.args[1]) if named else None
+    at = _ARENA.get(node.target, 0) if node.op == "call_function" else 0
+    return cast(fx.Node, node.args[at]) if 0 < at < len(node.args) else None
 
 
 def row_of(node: fx.Node) -> int:
     """The row of its arena in which a node's result lies."""
-    return cast(int, node.args[2])
+    return cast(int, node.args[_ARENA[cast(OpOverload, node.target)] + 1])
 
 
 def offset_of(node: fx.Node) -> int | None:

@@ -97,11 +97,6 @@ def _conflicts(config: ZeroConfig) -> list[str]:
             "activation_checkpointing.contiguous_memory_optimization needs number_checkpoints, the number "
             "of checkpoints that the memory is for; give it, or leave contiguous_memory_optimization out"
         )
-    if activations.contiguous_memory_optimization and activations.partition_activations:
-        found.append(
-            "activation_checkpointing.contiguous_memory_optimization and partition_activations: the shares "
-            "of ranks are kept in storages of their own, not in arenas; set one of them to false"
-        )
     return found + _against_updates(config) + groups(config.zero_optimization)
 
 

@@ -17,7 +17,12 @@ There is one arena for each class of values: of one dtype, and of one size in by
 sizes vary a class is an expression over them, and the arena grows with it. It is an input of the forward: who
 runs it lends memory, and has it back behind the backward (runtime/arenas.py). The operator that makes a value
 writes it to its place, if it can (codegen/arenas.py); if not it is copied as soon as it is made, and whoever
-reads it later reads the copy. What went to the host (`offload`) has its arena there. No bit changes.
+reads it later reads the copy. No bit changes. What is in another form already is written to its row by what
+puts it into that form: copies on the host (`offload`), whose arena is there, and shares (`partition`), also
+those of values that no boundary is on.
+
+      %0.host = zero.offload %0                  %0.host = zero.offload %0, %a0[0]
+      %1.share = zero.partition_activation %1    %1.share = zero.partition_activation %1, %a1[0]
 
 Outside stay what `offload` leaves on the device as well: what is under no boundary; inputs, buffers and
 constants; what shares its storage with a result of the forward or with another value that is kept; values
@@ -40,8 +45,8 @@ from zerograph.kept import is_own
 from zerograph.nodes import is_call, module_of, view_root
 from zerograph.units import size
 
-Class = tuple[torch.dtype, object]
-"""What the values of an arena share: dtype, and elements (a number or an expression)."""
+Class = tuple[torch.dtype, object, bool]
+"""What the values of an arena share: dtype, elements (a number or an expression), and whether on the host."""
 
 
 @dataclass(frozen=True)
@@ -68,19 +73,20 @@ class Arena:
 
 
 def _values(graph: TrainGraph) -> list[fx.Node]:
-    """What goes to arenas, in order: values at boundaries that are kept, and copies of such on the host."""
+    """What goes to arenas, in order: values at boundaries that are kept, and copies and shares of such."""
     saved = [node for node in graph.outputs("saved") if node is not None]
     returned = [node for node in graph.outputs("forward") if node is not None]
     roots = Counter(map(view_root, (*saved, *returned)))
     forward = graph.nodes("forward")
     bounds = dict.fromkeys(n.args[0] for n in forward if is_call(n, ops.checkpoint))
     found = [v for v in saved if v in bounds and is_own(v) and roots[view_root(v)] == 1]
-    return sorted([*found, *(n for n in forward if is_call(n, ops.offload))])
+    shares = [n for n in saved if is_call(n, ops.partition_activation)]
+    return sorted([*found, *shares, *(n for n in forward if is_call(n, ops.offload))])
 
 
 def _class_of(value: fx.Node) -> Class:
     made = value.meta["val"]
-    return made.dtype, compat.exact(length_of(made))
+    return made.dtype, compat.exact(length_of(made)), is_call(value, ops.offload)
 
 
 def _arena(graph: TrainGraph, name: str, members: list[fx.Node]) -> fx.Node:
@@ -93,8 +99,8 @@ def _arena(graph: TrainGraph, name: str, members: list[fx.Node]) -> fx.Node:
 
 def _place(graph: TrainGraph, value: fx.Node, arena: fx.Node, row: int) -> bool:
     """Give a value its row of an arena; answers whether it is made there."""
-    if is_call(value, ops.offload):
-        value.args = (value.args[0], arena, row)
+    if is_call(value, ops.offload, ops.partition_activation):
+        value.args = (*value.args, arena, row)
         return False
     with graph.inserting(value.next, "forward", module_of(value)) as insert:
         place = insert(ops.place, value, arena, row)

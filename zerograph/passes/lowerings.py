@@ -52,7 +52,8 @@ def _reload(b: "Builder", node: fx.Node) -> fx.Node:
 
 
 def _partition_activation(b: "Builder", node: fx.Node) -> fx.Node:
-    return b.start("mesh", "share", b.args(node)[0], axis_of(node))
+    value, _, *row = b.args(node)
+    return b.start("mesh", "share", value, axis_of(node), *row)
 
 
 def _gather_activation(b: "Builder", node: fx.Node) -> fx.Node:

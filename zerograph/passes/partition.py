@@ -70,7 +70,7 @@ class Partition:
                 "activation_checkpointing.number_checkpoints, mark regions in the model with "
                 "zerograph.checkpointing.checkpoint, or set partition_activations to false"
             )
-        found |= _joined_within(graph)
+        found |= {n: region for n, region in _joined_within(graph).items() if n not in found}
         own = own_values(graph, self.joins)
         shared = [v for v in movable(graph, found, self.smallest) if v not in own]
         shares = {value: self._share(graph, value) for value in shared}

@@ -113,17 +113,22 @@ class World:
         size, place = full.numel() // self.mesh.size(axis), self.mesh.index(axis, self.rank)
         return full[place * size : (place + 1) * size].clone()
 
-    def share(self, value: torch.Tensor, axis: str) -> torch.Tensor:
+    def share(
+        self, value: torch.Tensor, axis: str, arena: torch.Tensor | None = None, place: int = 0
+    ) -> torch.Tensor:
         """A copy of this rank's share [share] of a dense `value`, which all ranks along an axis have.
 
-        Shares are cut from its storage; the last ones may be padded at their ends.
+        Shares are cut from its storage; the last ones may be padded at their ends. With an arena [values,
+        length] the copy is in row `place` of it.
         """
         assert self.model is not None, axis
         flat = value.as_strided((value.numel(),), (1,))
         length = -(-value.numel() // self.model.size)
         own = flat[length * self.model.rank : length * (self.model.rank + 1)]
-        padding = length - len(own)
-        return torch.nn.functional.pad(own, (0, padding)) if padding else own.clone()
+        made = value.new_empty(length) if arena is None else arena[place, :length]
+        made[: len(own)].copy_(own)
+        made[len(own) :].zero_()
+        return made
 
     def all_gather(self, shard: torch.Tensor) -> torch.Tensor:
         """The shards [n] of all ranks that hold a bucket together, in their order [n * slices]."""

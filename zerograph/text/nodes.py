@@ -8,7 +8,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from zerograph import ops
-from zerograph.codegen.arenas import offset_of
+from zerograph.codegen.arenas import arena_of, offset_of, row_of
 from zerograph.codegen.in_place import is_in_place
 from zerograph.compat import SYMBOLIC
 from zerograph.cost import collective_bytes, nbytes
@@ -98,7 +98,7 @@ def _zero_line(node: fx.Node, names: Names) -> str:
         return f"{name}: {type_of(node, names)} = {target}.{args[7]} {shown}"
     if is_call(node, ops.finish):
         return f"{name}: {type_of(node, names)} = {target} {_finish_arguments(node, names)}"
-    shown = ", ".join(_value(a, names) for a in _shown(node))
+    shown = ", ".join(_value(a, names) for a in _shown(node)) + _into(node, names)
     return named(f"{name}: {type_of(node, names)} = {target} {shown}", axis_of(node))
 
 
@@ -110,10 +110,11 @@ def _done_at(node: fx.Node) -> str:
 
 def _into(node: fx.Node, names: Names) -> str:
     """The row of an arena in which a value is kept, and whether it is made there."""
-    if not is_call(node, ops.place, ops.offload) or len(node.args) == 1:
+    arena = arena_of(node)
+    if arena is None:
         return ""
-    where = f", {_value(node.args[1], names)}[{node.args[2]}]"
-    return where + (" in place" if node.args[3:] == (True,) else "")
+    made_there = is_call(node, ops.place) and node.args[3:] == (True,)
+    return f", {names[arena]}[{row_of(node)}]" + (" in place" if made_there else "")
 
 
 def _at(node: fx.Node) -> str:
@@ -128,7 +129,9 @@ def _shown(node: fx.Node) -> Sequence[Any]:
     if is_call(node, ops.reduce_scatter, ops.all_reduce):
         buffer, pre, post, world = args
         return [buffer] if (pre, post) == (1.0, 1 / cast(int, world)) else [buffer, pre, post]
-    if is_call(node, *ops.COLLECTIVES, ops.partition, ops.partition_activation):
+    if is_call(node, ops.partition_activation):
+        return args[:1]
+    if is_call(node, *ops.COLLECTIVES, ops.partition):
         return args[:-1]
     return args[:-1] if is_call(node, ops.accumulate) and args[-1] == 1.0 else args
 

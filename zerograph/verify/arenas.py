@@ -59,7 +59,7 @@ def kept_once(graph: TrainGraph) -> Iterator[str]:
 
 def nothing_leaves_in_an_arena(graph: TrainGraph) -> Iterator[str]:
     """The next forward writes there; what is returned is the caller's."""
-    within = {node: node for node, _ in _kept(graph) if is_call(node, ops.place)}
+    within = {node: node for node, _ in _kept(graph) if not is_call(node, ops.offload)}
     within |= dict(arenas.writers(graph.nodes()))
     for section in ("forward", "backward"):
         for node in graph.outputs(section):

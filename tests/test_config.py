@@ -569,18 +569,47 @@ def test_both_spellings_are_one_key() -> None:
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("bf16.enabled", "default false"),
-        ("zero_optimization.reduce_bucket_size", "default 500000000"),
-        ("zero_optimization.stage3_prefetch_bucket_size", "default 50000000"),
         ("optimizer.params.lr", "learning_rate"),
-        ("optimizer.params.betas", "[adam_beta1, adam_beta2]"),
         ("scheduler.params.warmup_max_lr", "learning_rate"),
-        ("gradient_clipping", "max_grad_norm"),
+        ("scheduler.params.warmup_num_steps", "warmup_steps"),
+        ("fp16.loss_scale_window", "default 1000"),
     ],
 )
 def test_auto_names_the_value_to_give(path: str, words: str) -> None:
     message = refusal(nest(path, "auto"))
     assert message.startswith(f'{path}: "auto" is not solved here') and words in message
+
+
+def test_the_trainers_auto_is_its_default_where_it_has_one() -> None:
+    """A config as the documents of transformers have it; only what is the user's own must be given."""
+    auto = "auto"
+    params = {"lr": auto, "betas": auto, "eps": auto, "weight_decay": auto}
+    warm = {"warmup_min_lr": auto, "warmup_max_lr": auto, "warmup_num_steps": auto}
+    sizes = ("reduce_bucket_size", "stage3_prefetch_bucket_size")
+    given: dict[str, Any] = {
+        "fp16": {"enabled": auto},
+        "bf16": {"enabled": auto},
+        "optimizer": {"type": "AdamW", "params": params},
+        "scheduler": {"type": "WarmupLR", "params": warm},
+        "zero_optimization": {"stage": 3, **dict.fromkeys(sizes, auto)},
+        "gradient_clipping": auto,
+        "train_micro_batch_size_per_gpu": auto,
+        "steps_per_print": float("inf"),
+    }
+    message = refusal(given)
+    for key in ("optimizer.params.lr", "warmup_max_lr", "warmup_num_steps"):
+        assert f'{key}: "auto" is not solved here' in message
+    assert message.count("auto") == 3
+    params["lr"], warm["warmup_num_steps"] = 2e-4, 100  # type: ignore[assignment]
+    config = load_config(given)
+    assert config.precision == "fp32" and config.gradient_clipping == 1.0
+    assert config.zero_optimization.reduce_bucket_size == 500_000_000
+    assert config.scheduler is not None and config.scheduler.params.warmup_max_lr == 2e-4  # type: ignore[union-attr]
+    lines = [line for line in config.advisory() if '="auto": ' in line]
+    assert len(lines) == 10
+    assert any(
+        line.startswith('optimizer.params.betas="auto": [0.9, 0.999] is used') for line in lines
+    )
 
 
 # --- files --------------------------------------------------------------------------------------

@@ -49,12 +49,60 @@ def test_initialize_answers_the_four_parts(tmp_path: Path) -> None:
     assert [p.shape for p in engine.parameters()] == [(2, 3), (2,)]
     before = engine.state_dict()
     batches = list(loader)
-    assert [len(b) for b in batches] == [4, 4]
-    for batch in batches:
+    assert [len(b) for b in batches] == [4, 4, 2]
+    for batch in batches[:2]:
         loss = engine(batch).square().mean()
         engine.backward(loss)
         engine.step()
     assert engine.global_steps == 2
+    assert not torch.equal(engine.state_dict()["weight"], before["weight"])
+
+
+def test_the_last_rows_may_be_left_out() -> None:
+    config = {**CONFIG, "dataloader_drop_last": True}
+    _, _, loader, _ = zerograph.initialize(
+        model=nn.Linear(3, 2), config=config, training_data=Points()
+    )
+    assert [len(batch) for batch in loader] == [4, 4]
+
+
+def test_what_a_script_asks_its_engine() -> None:
+    config = {**CONFIG, "gradient_accumulation_steps": 2, "gradient_clipping": 0.5}
+    model = nn.Linear(3, 2)
+    engine = zerograph.compile(model, {**config, "bf16": {"enabled": True}})
+    assert (engine.global_rank, engine.local_rank, engine.world_size) == (0, 0, 1)
+    assert engine.train_batch_size() == 8 and engine.train_micro_batch_size_per_gpu() == 4
+    assert engine.gradient_accumulation_steps() == 2 and engine.gradient_clipping() == 0.5
+    assert engine.zero_optimization_stage() == 2
+    assert engine.bfloat16_enabled() and not engine.fp16_enabled()
+    assert list(engine.modules()) == [model] and dict(engine.named_modules()) == {"": model}
+    engine.set_lr(0.25)
+    assert engine.get_lr() == [0.25]
+    with pytest.raises(
+        AttributeError, match=r"save_checkpoint is not built: save engine\.state_dict"
+    ):
+        engine.save_checkpoint("folder")
+    with pytest.raises(AttributeError, match="'Engine' object has no attribute 'sarve'"):
+        engine.sarve()
+    assert not hasattr(engine, "no_sync")
+    assert zerograph.__version__
+
+
+@pytest.mark.parametrize("changed", [{"lr": "0.1"}, {"betas": (0.9, 1.5)}, {"lr": float("nan")}])
+def test_an_option_that_is_no_number_changes_nothing(changed: dict[str, Any]) -> None:
+    engine = zerograph.compile(nn.Linear(3, 2), CONFIG)
+    before = engine.state_dict()
+    engine.backward(engine(torch.ones(1, 3)).sum())
+    (group,) = engine.optimizer.param_groups
+    kept = {key: group[key] for key in changed}
+    group.update(changed)
+    with pytest.raises(
+        PlanError, match=r"param_groups\[0\] has options that cannot be computed with"
+    ):
+        engine.step()
+    assert torch.equal(engine.state_dict()["weight"], before["weight"])
+    group.update(kept)
+    engine.step()
     assert not torch.equal(engine.state_dict()["weight"], before["weight"])
 
 

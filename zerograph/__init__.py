@@ -6,6 +6,7 @@ torch takes seconds.
 
 import sys
 from importlib import import_module
+from importlib.metadata import version
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """A public name, or a module of this package."""
+    if name == "__version__":
+        return version(__name__)
     home = f"{__name__}.{_HOMES.get(name, name)}"
     try:
         module = import_module(home)

@@ -25,6 +25,7 @@ from zerograph.checkpointing import configured, configured_mpu
 from zerograph.client import Given
 from zerograph.config import ZeroConfig, load_config
 from zerograph.errors import PlanError
+from zerograph.integrations.surface import Surface
 from zerograph.plan import Plan
 from zerograph.planning import average_of
 from zerograph.runtime import values
@@ -84,7 +85,7 @@ def compile(
     return Engine(model, loaded, world, param_groups, optimizer)
 
 
-class Engine:
+class Engine(Surface):
     """A model in training. Made by `zerograph.compile`."""
 
     def __init__(
@@ -174,9 +175,8 @@ class Engine:
         boundary = self.is_gradient_accumulation_boundary()
         if boundary:
             self._updates.require_ready()
-        self.micro_steps += 1
-        if boundary:
             self._updates.apply(self.lr_scheduler)
+        self.micro_steps += 1
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the next `step()` updates parameters."""

@@ -25,6 +25,11 @@ def whole(value: object) -> object:
     return value
 
 
+def never(value: object) -> object:
+    """Read an infinite number of steps, as accelerate writes it, as none given."""
+    return None if value == float("inf") else whole(value)
+
+
 def solved(value: object) -> object:
     """Read a batch key's `"auto"` as absent: batch arithmetic solves it from the others."""
     return None if value == "auto" else whole(value)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from zerograph.config import auto
 from zerograph.config.base import Section
 from zerograph.config.row import Row
 from zerograph.config.support import SUPPORT
@@ -77,6 +78,14 @@ def advisory(config: "ZeroConfig", model_parallel: int = 1) -> tuple[str, ...]:
         row = row_for(path)
         if row.kind == "advises" and value not in row.accepts:
             lines.append(f"{path}={show(value)}: {row.here}")
+    lines += [auto.said(path, show(_value(config, path))) for path in config._auto]
     if config.activation_checkpointing.partition_activations and model_parallel == 1:
         lines.append(_ALONE)
     return tuple(sorted(lines))
+
+
+def _value(config: "ZeroConfig", path: str) -> object:
+    value: object = config
+    for key in path.replace("bfloat16", "bf16").split("."):
+        value = getattr(value, key)
+    return value

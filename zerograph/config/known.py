@@ -6,6 +6,8 @@ SCHEDULER_TYPES = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 # Known types that are not built, and what comes nearest to them.
 UNBUILT_TYPES = {
     "optimizer": {
+        "DeepSpeedCPUAdam": "AdamW",
+        "FusedAdam": "Adam",
         "Muon": "AdamW",
         "OneBitAdam": "AdamW",
         "ZeroOneAdam": "AdamW",

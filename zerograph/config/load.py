@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
+from zerograph.config.auto import without_auto
 from zerograph.config.check import refusals
 from zerograph.config.model import ZeroConfig
 from zerograph.config.problems import problems
@@ -57,8 +58,11 @@ def _name(source: object) -> str:
 
 
 def _validated(data: Mapping[str, Any], name: str) -> ZeroConfig:
+    plain, auto = without_auto(_plain(data))
     try:
-        return ZeroConfig.model_validate(_plain(data))
+        config = ZeroConfig.model_validate(plain)
+        config._auto = auto
+        return config
     except ValidationError as error:
         found = problems(ZeroConfig, error)
     _raise_any(found, name)

@@ -10,10 +10,10 @@ the constructor alone checks only names and types.
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, PrivateAttr
 
 from zerograph.config import batch, check
-from zerograph.config.base import BatchSize, Count, Free, NotNegative, Number, Section
+from zerograph.config.base import BatchSize, Count, Free, NotNegative, Number, Section, never
 from zerograph.config.extras import (
     Autotuning,
     Compile,
@@ -87,7 +87,7 @@ class ZeroConfig(Section):
     nebula: Nebula = Nebula()
     datastates_ckpt: Free | None = None
     dataloader_drop_last: bool = False
-    steps_per_print: Count | None = None
+    steps_per_print: Annotated[Count | None, BeforeValidator(never)] = None
     wall_clock_breakdown: bool = False
     memory_breakdown: bool = False
     dump_state: bool = False
@@ -116,6 +116,8 @@ class ZeroConfig(Section):
     sequence_parallel_size: Count = 1
     use_data_before_expert_parallelism: bool = False
     pipeline: Free | None = None
+    _auto: tuple[str, ...] = PrivateAttr(())
+    """Keys that were given as "auto" and have a default (auto.py)."""
 
     @property
     def precision(self) -> Literal["fp32", "fp16", "bf16"]:

@@ -88,7 +88,7 @@ _REST = (
     ),
     *advises(
         under("checkpoint", "checkpoint_serialization parallel_write writer"),
-        "each rank writes its own shards",
+        "checkpoint directories are not built, so nothing is written",
     ),
     *refused(
         "nebula.enabled",
@@ -102,11 +102,10 @@ _REST = (
         "leave it out",
         None,
     ),
-    *refused(
+    *built(
         "dataloader_drop_last",
-        "no data loader is made here",
-        "give drop_last=True to your own DataLoader and leave this key out",
-        False,
+        "of the loader that initialize(training_data=...) makes; the last rows may be fewer, and are then "
+        "another shape",
     ),
     *refused(
         "disable_allgather", "new parameters are gathered wherever they are sharded", OFF, False

@@ -124,5 +124,9 @@ def _loader(
         data, num_replicas=engine.world.size, rank=engine.world.rank
     )
     return DataLoader(
-        data, batch_size=micro, sampler=sampler, collate_fn=collate_fn, drop_last=True
+        data,
+        batch_size=micro,
+        sampler=sampler,
+        collate_fn=collate_fn,
+        drop_last=engine.config.dataloader_drop_last,
     )

@@ -5,6 +5,7 @@ parameters have no storage; `engine.step()` updates the flat slices. With a user
 two share their group dicts, so that either one's `param_groups` may be changed.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -193,7 +194,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
     # What a step program calls
 
     def begin(self) -> None:
-        """A step begins."""
+        """A step begins. Raises PlanError, before anything changes, for options that are no numbers."""
+        for index, group in enumerate(self.param_groups):
+            _require_numbers(self._rule, index, group)
         self._before = list(self._steps)
 
     def undo(self) -> None:
@@ -348,3 +351,18 @@ def take_states(state: State, source: Mapping[Tensor, Mapping[str, Any]]) -> Non
                     state.view(flat, param).copy_(value)
             state.world.broadcast(flat)
             own.copy_(state.own(flat))
+
+
+def _require_numbers(rule: Kind, index: int, group: Mapping[str, Any]) -> None:
+    if not isinstance(rule, Described):
+        return
+    try:
+        usable = all(math.isfinite(value) for value in rule.row(group, 1))
+    except (TypeError, ValueError, ArithmeticError):
+        usable = False
+    if not usable:
+        options = ", ".join(f"{k}={v!r}" for k, v in group.items() if k in rule.defaults)
+        raise PlanError(
+            f"engine.optimizer.param_groups[{index}] has options that cannot be computed with: {options}; "
+            "give finite numbers in the ranges that torch.optim accepts"
+        )

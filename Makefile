@@ -47,7 +47,7 @@ demo: $(INSTALLED)
 		examples/demo.py --steps $(STEPS)
 
 test: $(INSTALLED)
-	$(PY) -m pytest -n $(JOBS) --dist worksteal $(or $(TESTS),--strict-goldens)
+	$(PY) -m pytest -n $(JOBS) --dist worksteal --durations 40 --durations-min 5 $(or $(TESTS),--strict-goldens)
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

@@ -89,7 +89,7 @@ def memory(options: argparse.Namespace) -> bool:
         rows[name] = live.of_engine(name, ours, ours.engine)
         ours.engine.destroy()
     ratio = rows[FREED].peak / rows[bounds.MEMORY.against].peak
-    verdict = bounds.Verdict(bounds.MEMORY, ratio, FREED)
+    verdict = bounds.Verdict(bounds.MEMORY, ratio)
     if dist.get_rank() == 0:
         print(live.table(rows, bounds.MEMORY.against))
         print(f"\npeak of a step\n\n{bounds.table_of_verdicts([verdict])}")

@@ -15,6 +15,7 @@ from tests.models import batch_for, loss_of, make
 from tests.oracle import config_for
 from tests.ranks import run_ranks
 from tests.storages import Storages, held_by
+from tests.traces import captured_once
 from zerograph import ops
 from zerograph.codegen import in_place
 from zerograph.cost import work_of
@@ -184,6 +185,7 @@ def _steps(name: str, stage: int, extra: dict[str, Any], rank: int) -> list[Tens
 TWICE = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
 
 
+@captured_once()
 def _differing(rank: int, world: int, name: str) -> list[str]:
     """Training with gradients in place, and with all of them copied."""
     wrong = []

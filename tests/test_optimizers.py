@@ -15,6 +15,7 @@ import zerograph
 from tests.oracle import differing
 from tests.ranks import run_ranks
 from tests.tiny import Mlp, Partly, batch
+from tests.traces import captured_once
 from zerograph.codegen.dispatch import update
 from zerograph.codegen.rules import LION, RULES, Run
 from zerograph.errors import PlanError
@@ -435,6 +436,7 @@ def test_an_option_that_needs_a_new_state_is_refused() -> None:
 # Ranks
 
 
+@captured_once()
 def _ranks(rank: int, world: int) -> list[str]:
     """Every optimizer with groups at every stage beside torch on the full mean gradients."""
     wrong = []

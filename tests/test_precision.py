@@ -307,6 +307,7 @@ def test_every_way_to_average_gives_the_mean() -> None:
     run_ranks(2, _averages)
 
 
+@captured_once()
 def _types(rank: int, world: int) -> dict[str, Any]:
     losses: dict[str, Any] = {}
     for name, given in {

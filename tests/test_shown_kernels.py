@@ -12,6 +12,7 @@ from tests import tiny
 from tests.models import batch_for, loss_of, make
 from tests.oracle import config_for
 from tests.ranks import run_ranks
+from tests.traces import captured_once
 from zerograph.codegen import cpp
 from zerograph.codegen.names import spec_of
 from zerograph.codegen.of_plan import kernels_of
@@ -59,6 +60,7 @@ def _groups(model: torch.nn.Module) -> list[dict[str, Any]]:
     ]
 
 
+@captured_once()
 def _on_rank(rank: int, world: int, *args: Any) -> list[Any]:
     return steps(rank, *args)
 

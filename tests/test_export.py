@@ -139,12 +139,15 @@ def test_dot_draws_every_block_and_collective() -> None:
             kind = attributes["label"].strip('"').split("\\n")[0]
             assert attributes["fillcolor"] == f'"{COLLECTIVES[kind][0]}"'
     assert {name for edge in edges for name in edge} <= set(nodes)
-    assert ("b0_forward", "b1_forward") in edges and ("b1_forward_0", "b1_forward") in edges
+    assert ("b0_forward", "b1_forward") in edges and ("b1_backward_0", "b1_backward") in edges
 
 
 def test_dot_folds_repeated_layers() -> None:
-    _, _, labels = parsed(dot(document()))
-    assert labels == ["inlet", "blocks.0 .. 1 x 2", "head", "the whole model"]
+    """Those whose collectives start in the same regions: the step starts some, the turn is at the last."""
+    deep = tiny.traced(tiny.Blocks(5), tiny.batch(), 8, tiny.config(0))
+    _, _, labels = parsed(dot(tiny.planned(deep, 3).document()))
+    folded = ["blocks.0 .. 1 x 2", "blocks.2 .. 3 x 2", "blocks.4"]
+    assert labels == ["inlet", *folded, "head", "the whole model"]
 
 
 def test_names_are_quoted() -> None:

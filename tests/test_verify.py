@@ -310,7 +310,7 @@ def kept_bucket_read_as_a_value(graph: TrainGraph) -> None:
 
 @fault(3, "mul.* in the backward reads gather.*keeps a parameter's storage alive")
 def pending_gather_saved_and_read_as_a_value(graph: TrainGraph) -> None:
-    pending = gather_of(graph, "b1", "backward")
+    pending = gather_of(graph, "b2", "backward")
     assert pending in graph.outputs("saved")
     with graph.inserting(graph.first("backward"), "backward") as insert:
         insert(aten.mul.Tensor, pending, 2.0)
@@ -330,7 +330,7 @@ def kept_bucket_missing_from_the_saved_list(graph: TrainGraph) -> None:
 
 @fault(3, "wait.* reads gather.*, which the forward does not save")
 def pending_gather_missing_from_the_saved_list(graph: TrainGraph) -> None:
-    unsave(graph, gather_of(graph, "b1", "backward"))
+    unsave(graph, gather_of(graph, "b2", "backward"))
 
 
 @fault(2, "the forward saves mm.*, which the backward makes")
@@ -580,9 +580,9 @@ def gather_started_that_is_not_taken(graph: TrainGraph) -> None:
     set_arg(gather_of(graph, "b1", "forward"), 3, False)
 
 
-@fault(3, "the forward takes 2 gathers of b1 .* and the step starts 1")
+@fault(3, "the forward takes 2 gathers of b2 .* and the step starts 1")
 def gather_taken_twice(graph: TrainGraph) -> None:
-    pending = gather_of(graph, "b1", "backward")
+    pending = gather_of(graph, "b2", "backward")
     pending.args = (*pending.args[:3], True)
 
 
@@ -606,9 +606,9 @@ def gather_started_by_the_backward(graph: TrainGraph) -> None:
     move(find(graph, ops.gather_ahead, "b0"), graph.first("step"), "backward")
 
 
-@fault(3, "the gather of b1 in the backward is taken from the step before")
+@fault(3, "the gather of b2 in the backward is taken from the step before")
 def gather_taken_by_the_backward(graph: TrainGraph) -> None:
-    full, pending = gathered(graph, "b1", "backward"), gather_of(graph, "b1", "backward")
+    full, pending = gathered(graph, "b2", "backward"), gather_of(graph, "b2", "backward")
     unsave(graph, pending)
     move(pending, full, "backward")
     pending.args = (*pending.args[:3], True)
@@ -634,14 +634,14 @@ def missing_release(graph: TrainGraph) -> None:
     drop(graph, find(graph, ops.release, "b0"))
 
 
-@fault(3, "the gather of b1 in the forward has 2 releases, not one")
+@fault(3, "the gather of b2 in the forward has 2 releases, not one")
 def double_release(graph: TrainGraph) -> None:
-    repeat(graph, find(graph, ops.release, "b1", "backward"))
+    repeat(graph, find(graph, ops.release, "b2", "backward"))
 
 
-@fault(3, "the gather of b1 in the forward is released in the step, and not kept for it")
+@fault(3, "the gather of b2 in the forward is released in the step, and not kept for it")
 def release_in_another_region(graph: TrainGraph) -> None:
-    move(find(graph, ops.release, "b1", "backward"), graph.first("step"), "step")
+    move(find(graph, ops.release, "b2", "backward"), graph.first("step"), "step")
 
 
 @fault(3, "the gather of b3 in the forward is released in the step, and not kept for it")
@@ -1194,9 +1194,9 @@ def slice_of_a_shard(graph: TrainGraph) -> None:
     set_arg(find(graph, ops.partition, "b1"), 0, graph.placeholder("shard", "b1"))
 
 
-@fault(3, "the partition of b1 in the forward is not kept for the backward", groups="hpz")
+@fault(3, "the partition of b2 in the forward is not kept for the backward", groups="hpz")
 def slice_that_is_not_kept(graph: TrainGraph) -> None:
-    unsave(graph, find(graph, ops.partition, "b1"))
+    unsave(graph, find(graph, ops.partition, "b2"))
 
 
 @fault(3, "reads the partition of b1 .*, which is for gathers of the backward", groups="hpz")
@@ -1630,7 +1630,8 @@ def test_signature_is_in_the_order_of_the_graph() -> None:
     signature = tiny.planned(tiny.trace_of("blocks", WORLD), 3).signature()
     assert [" ".join(line.split()[:3]) for line in signature] == [
         *(f"forward gather b{i}" for i in (0, 1, 2, 3)),
-        *(f"forward gather b{i}" for i in (2, 1)),  # for the backward, which keeps b3
+        "forward gather b2",  # for the backward, which keeps b3
+        "backward gather b1",
         *(f"backward reduce_scatter b{i}" for i in (3, 2, 1)),
         "step gather_partials -",
     ]

@@ -16,10 +16,14 @@ bucket (ahead.py). Forward and backward are one line: a gather of the backward m
 places at which a gather may start are the waits of earlier gathers, and the step. It starts as early as it
 pays, that is with at most `reach` gathers behind the one that is waited for, which keeps a link busy; as
 no more than `prefetch` elements (with `any_size` also one bucket that has more) are in flight beside that
-one; and as no more than `max_live` gathered elements are alive.
+one; and as no more than `max_live` gathered elements are alive. At the turn from forward to backward, where
+activations are at their peak, no more than one gather for the backward is under way: others start where the
+backward comes to its first parameters.
 
-The wait of a reduction moves behind the start of the next `in_flight - 1` reductions, or to the end. The
-order of collectives follows from the graph alone.
+The wait of a reduction moves behind the start of the next `in_flight - 1` reductions, or to the end, and
+behind one more if the next has fewer elements: it is longer on the link than that takes to compute.
+The order of collectives follows from the graph and the layout, and not from the sizes of activations, so that
+ranks whose batches differ have the same.
 """
 
 from collections.abc import Iterable, Iterator
@@ -45,7 +49,8 @@ class Schedule:
     in_flight: int = 2
     """Reductions under way at once; each keeps its bucket's gradient buffer.
 
-    Where the backward updates, what it starts for the next step shares the link with them: a plan has 3 then.
+    One that is larger than the next has one more beside it. Where the backward updates, what it starts for
+    the next step shares the link with them: a plan has 3 then.
     """
     reach: int = 2
     """Gathers that wait in line behind the one that is needed next."""
@@ -75,13 +80,18 @@ class Schedule:
         sunk, done = 0, _behind_reductions(graph)
         for starts in _halves(graph):
             for index, start in enumerate(starts):
-                later = index + self.in_flight - 1
-                place = starts[later].next if later < len(starts) else graph.end("backward")
+                later = self._beside(graph, starts[index:]) + index
+                place = _wait_of(starts[later]) if later < len(starts) else graph.end("backward")
                 for node in _behind(start, done[bucket_of(start)]):
                     if node < place:
                         place.prepend(node)
             sunk += len(starts)
         return sunk
+
+    def _beside(self, graph: TrainGraph, starts: list[fx.Node]) -> int:
+        """How many reductions start after the first of these, and before that is waited for."""
+        size, *later = (graph.layout.buckets[bucket_of(start)].numel for start in starts[:2])
+        return self.in_flight - 1 + any(size > other for other in later)
 
 
 @dataclass
@@ -123,8 +133,7 @@ class _Line:
             slot = self.slots[index] = self._earliest(index, min(index, floor))
             behind[bucket_of(gather)] = self.released[index]
             if slot < index:
-                wait = _wait_of(self.gathers[slot])
-                self._move(gather, wait)
+                self._move(gather, self._place(gather, slot))
         return sum(slot < index for index, slot in enumerate(self.slots))
 
     def start_in_the_step(self) -> int:
@@ -179,10 +188,18 @@ class _Line:
             in_flight += _numel(self.gathers[slot])
         return slot
 
-    def _move(self, gather: fx.Node, wait: fx.Node) -> None:
-        wait.prepend(gather)
-        if region_of(gather) != region_of(wait):
-            gather.meta["region"] = region_of(wait)
+    def _place(self, gather: fx.Node, slot: int) -> fx.Node:
+        """The node before which a gather starts that may start at a slot."""
+        wait = _wait_of(self.gathers[slot])
+        if region_of(gather) == region_of(wait):
+            return wait
+        turned = any(_is_under_way(node) for node in self.graph.outputs("saved"))
+        return _turn(self.graph) if turned else wait
+
+    def _move(self, gather: fx.Node, place: fx.Node) -> None:
+        place.prepend(gather)
+        if region_of(gather) != region_of(place):
+            gather.meta["region"] = region_of(place)
             self.graph.save(gather)
 
 
@@ -227,6 +244,17 @@ def _behind_reductions(graph: TrainGraph) -> dict[str, list[fx.Node]]:
         if is_call(node, *kinds):
             found[bucket_of(node)].append(node)
     return found
+
+
+def _is_under_way(saved: fx.Node | None) -> bool:
+    """Whether what the forward keeps is a gather that the backward waits for."""
+    return saved is not None and is_call(saved, ops.gather)
+
+
+def _turn(graph: TrainGraph) -> fx.Node:
+    """Where the backward comes to its first parameters, be it to read them or to make their gradients."""
+    kinds = (ops.param, ops.grad_buffer, ops.wait)
+    return next(node for node in graph.nodes("backward") if is_call(node, *kinds))
 
 
 def _numel(gather: fx.Node) -> int:

@@ -1,5 +1,6 @@
 """Settings of the whole test run: one thread, no network, and zerograph's own pytest plugin."""
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -30,6 +31,25 @@ def torchs_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     test_kernel_torch.py compares the other targets with torch.optim.
     """
     monkeypatch.setenv("ZEROGRAPH_KERNELS", "torch")
+
+
+class _Messages(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.found.append(record.getMessage())
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """What the logger "zerograph" says from here on. pytest's own caplog sees none of it: torch's logging
+    has it propagate nothing."""
+    messages, logger = _Messages(), logging.getLogger("zerograph")
+    logger.addHandler(messages)
+    yield messages.found
+    logger.removeHandler(messages)
 
 
 @pytest.fixture(scope="session")

@@ -435,6 +435,33 @@ def test_all_unknown_keys_are_reported_at_once() -> None:
         assert f"\n  {key}: unknown key" in message
 
 
+@pytest.mark.parametrize("key", ["_comment", "//", "#why", "comment"])
+def test_a_comment_is_no_key(key: str) -> None:
+    assert refusal({key: "x"}) == f"{key}: unknown key; JSON has no comments, so take it out"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"train_batch_size": "many"},
+        {"zro": 1},
+        {"zero_optimization": {"stage": "third"}},
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": 7}}},
+    ],
+)
+def test_what_is_not_built_is_said_beside_wrong_names_and_types(wrong: dict[str, Any]) -> None:
+    first, *rest = refusal({**wrong, "sparse_gradients": True}).splitlines()
+    assert first == "2 problems in the config"
+    assert rest[1].startswith("  sparse_gradients=true: not built")
+
+
+def test_what_contradicts_and_what_is_not_built_are_said_together() -> None:
+    both = {"fp16": {"enabled": True}, "bf16": {"enabled": True}, "sparse_gradients": True}
+    message = refusal(both)
+    assert "fp16.enabled and bf16.enabled are both true" in message
+    assert "sparse_gradients=true: not built" in message
+
+
 @pytest.mark.parametrize("path", sorted(RETIRED))
 def test_retired_keys_say_what_to_use(path: str) -> None:
     assert path not in all_leaves()

@@ -450,6 +450,7 @@ def test_what_would_have_no_values_is_an_error_with_the_way(tmp_path: Path) -> N
     owned, batch = engine.module, batches(1)[0]
     engine(**batch)
     uses: dict[str, Callable[[], Any]] = {
+        r"call the engine, or the model within zerograph\.gathered": lambda: owned(**batch),
         r"take engine\.state_dict\(\)": owned.state_dict,
         r"copy it within zerograph\.gathered": lambda: copy.deepcopy(owned),
         r"save engine\.state_dict\(\)": lambda: torch.save(owned, tmp_path / "model.pt"),
@@ -536,6 +537,41 @@ def test_a_second_derivative() -> None:
     loss = engine(**batches(1)[0])["loss"]
     with pytest.raises(ZerographError, match=r"create_graph=True\) is not supported"):
         loss.backward(create_graph=True)
+
+
+def test_a_step_ends_one_micro_batch_and_needs_a_backward() -> None:
+    accumulate = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2}
+    engine = zerograph.compile(blocks(), config(2, **accumulate))
+    batch = batches(1)[0]
+    for _ in range(2):
+        engine.backward(engine(**batch)["loss"])
+        engine.step()
+    assert engine.global_steps == 1
+    engine(**batch)
+    missing = r"engine\.step\(\) without a backward since the last one.*2 of them are an update"
+    with pytest.raises(PlanError, match=missing):
+        engine.step()
+    engine.backward(engine(**batch)["loss"])
+    engine.step()
+    assert engine.micro_steps == 3, "what was refused is not counted"
+    with pytest.raises(PlanError, match="before any backward"):
+        engine.zero_grad()
+        engine.step()
+
+
+def test_more_backwards_than_steps_are_told_of_once(logged: list[str]) -> None:
+    """As with a loop that calls step at the boundary alone: the config's accumulation counts calls of it."""
+    accumulate = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2}
+    engine = zerograph.compile(blocks(), config(2, **accumulate))
+    for batch in batches(8):
+        engine.backward(engine(**batch)["loss"])
+        if engine.is_gradient_accumulation_boundary():
+            engine.step()
+            continue
+        engine.backward(engine(**batch)["loss"])
+        engine.step()
+    (said,) = [message for message in logged if "backwards since" in message]
+    assert said.startswith("3 backwards since the last update, each weighed 1/2")
 
 
 def test_freezing_in_the_middle_of_an_accumulation() -> None:

@@ -30,7 +30,7 @@ from zerograph.plan import Plan
 from zerograph.planning import average_of
 from zerograph.runtime import values
 from zerograph.runtime.flat import optimizer_on
-from zerograph.runtime.guard import guard
+from zerograph.runtime.guard import Guard
 from zerograph.runtime.key import call_of
 from zerograph.runtime.lr_schedule import scheduler_of
 from zerograph.runtime.means import Means
@@ -122,7 +122,7 @@ class Engine(Surface):
         self._plan: Plan | None = None
         self._run = Runner(model, self.state, self._updates, self._received)
         self._parameters = Parameters.of(model)
-        self._guard = guard(self.state)
+        self._guard = Guard(self.state)
 
     # Training
 
@@ -130,14 +130,15 @@ class Engine(Surface):
         """Run the model's forward; what comes back is what the model itself returns."""
         self.require_alive()
         self._updates.require_open("a call of the engine")
-        self._heed_parameters()
         tensors, rebuild = dissect((args, kwargs))
         placed = place(tensors, self.world.device, self.state.precision)
-        args, kwargs = rebuild(placed)
         named = [(path, tensor) for (path, _), tensor in zip(tensors, placed)]
-        call = call_of(self.module, (args, kwargs), named)
-        make = partial(self._planner.compile, args, kwargs, self.state.layout, self._adopt)
-        compiled = self._programs.find(call, make)
+        with self._guard.lifted():
+            self._heed_parameters()
+            args, kwargs = rebuild(placed)
+            call = call_of(self.module, (args, kwargs), named)
+            make = partial(self._planner.compile, args, kwargs, self.state.layout, self._adopt)
+            compiled = self._programs.find(call, make)
         return self._run(compiled, placed)
 
     def backward(
@@ -164,7 +165,10 @@ class Engine(Surface):
         return loss
 
     def step(self) -> None:
-        """At the boundary of gradient accumulation: reduce, clip, update. Otherwise only count."""
+        """At the boundary of gradient accumulation: reduce, clip, update. Otherwise only count.
+
+        Call it behind every backward. Raises PlanError if there was none since the last call.
+        """
         self.require_alive()
         if self.optimizer is None:
             raise PlanError(
@@ -172,10 +176,11 @@ class Engine(Surface):
                 '{"type": "AdamW", "params": {"lr": 1e-3}}} to the config'
             )
         require_hidden(self.state, "engine.step()")
-        boundary = self.is_gradient_accumulation_boundary()
-        if boundary:
+        if self.is_gradient_accumulation_boundary():
             self._updates.require_ready()
             self._updates.apply(self.lr_scheduler)
+        else:
+            self._updates.end_micro_batch()
         self.micro_steps += 1
 
     def is_gradient_accumulation_boundary(self) -> bool:
@@ -308,8 +313,7 @@ class Engine(Surface):
         if self.optimizer is not None:
             self.optimizer.release()
         self._programs.clear()
-        for handle in self._guard:
-            handle.remove()
+        self._guard.remove()
         self._run.arenas.release()
         self.state.storages.clear()
         return self.module

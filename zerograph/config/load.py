@@ -1,7 +1,7 @@
 """Read a config: a path to JSON, or a mapping, becomes a `ZeroConfig` or one `ConfigError`.
 
-The error lists every problem of the first step that finds any: reading the file, repeated keys,
-names and types, and last what is not built.
+The error lists every problem of the first step that finds any: reading the file; repeated keys; names and
+types (or, where these are right, what keys contradict each other) together with what is not built.
 """
 
 import json
@@ -42,7 +42,7 @@ def load_config(source: Source) -> ZeroConfig:
         config = source
     else:
         config = _validated(source if isinstance(source, Mapping) else _read(source, name), name)
-    _raise_any(_conflicts(config) or refusals(config), name)
+    _raise_any([*_conflicts(config), *refusals(config)], name)
     return config
 
 
@@ -64,9 +64,27 @@ def _validated(data: Mapping[str, Any], name: str) -> ZeroConfig:
         config._auto = auto
         return config
     except ValidationError as error:
-        found = problems(ZeroConfig, error)
+        found = [*problems(ZeroConfig, error), *_not_built(plain, error)]
     _raise_any(found, name)
     raise AssertionError("a validation error has at least one problem")
+
+
+def _not_built(plain: dict[str, Any], error: ValidationError) -> list[str]:
+    """What is not built of a config, without the keys that `error` is about; nothing if more is wrong."""
+    for place in (problem["loc"] for problem in error.errors()):
+        inner: Any = plain
+        for key in place:
+            if not isinstance(inner, dict) or key not in inner:
+                break
+            if isinstance(inner[key], dict) and key != place[-1]:
+                inner = inner[key]
+            else:
+                del inner[key]
+                break
+    try:
+        return list(refusals(ZeroConfig.model_validate(plain)))
+    except ValidationError:
+        return []
 
 
 def _conflicts(config: ZeroConfig) -> list[str]:

@@ -99,6 +99,8 @@ def _unknown(root: Model, path: str, parent: Model | None) -> str:
     key = path.rpartition(".")[2]
     if path in RETIRED:
         return f"{path}: not a key (any more); {RETIRED[path]}"
+    if key.startswith(("_", "#", "//")) or "comment" in key.lower():
+        return f"{path}: unknown key; JSON has no comments, so take it out"
     names = [*parent.model_fields, *parent.spellings] if parent else []
     found = nearest(key, names)
     if found is not None:

@@ -1,16 +1,19 @@
-"""guard: a model whose values an engine has says so when it is saved or copied.
+"""guard: a model whose values an engine has says so when it is called, saved or copied.
 
-Parameters that an engine owns keep shapes and names, and have no values. What would write a checkpoint of NaN
-in silence is an error instead that names the way:
+Parameters that an engine owns keep shapes and names, and have no values. What would compute, or write a
+checkpoint of, NaN in silence is an error instead that names the way:
 
+    model(batch)                                      engine(batch)
     torch.save(model.state_dict()), save_pretrained   engine.state_dict()
     copy.deepcopy(model), torch.save(model)           within zerograph.gathered(engine), or after destroy()
 
-Within `gathered` all of it works. `state_dict(keep_vars=True)` is left alone: it answers the parameters
-themselves. (A hook on the forward would be traced by every capture; a forward of the model itself is NaN.)
+Within `gathered` all of it works. Left alone are `state_dict(keep_vars=True)`, which answers the parameters
+themselves, and a call of a submodule. A capture would trace a hook of the forward, and an engine compares
+hooks with those of the capture: while it looks for a program, this one is not there (`lifted`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +24,32 @@ from zerograph.errors import PlanError
 from zerograph.runtime.state import State
 
 
-def guard(state: State) -> list[RemovableHandle]:
-    """Set the hooks; removing the handles ends it."""
-    return [
-        inner.register_state_dict_pre_hook(_Hook(state, f"{name}." if name else ""))
-        for name, inner in state.module.named_modules()
-    ]
+class Guard:
+    """The hooks of one engine's model."""
+
+    def __init__(self, state: State) -> None:
+        self._call = _Call(state, "")
+        self._saves = [
+            inner.register_state_dict_pre_hook(_Save(state, f"{name}." if name else ""))
+            for name, inner in state.module.named_modules()
+        ]
+        self._calls = self._hooked()
+
+    def _hooked(self) -> RemovableHandle:
+        return self._call.state.module.register_forward_pre_hook(self._call, prepend=True)
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """The model as it is without the hook of its forward."""
+        self._calls.remove()
+        try:
+            yield
+        finally:
+            self._calls = self._hooked()
+
+    def remove(self) -> None:
+        for handle in (self._calls, *self._saves):
+            handle.remove()
 
 
 @dataclass
@@ -36,13 +59,6 @@ class _Hook:
     state: State
     prefix: str
     """Of the names of its module's parameters."""
-
-    def __call__(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
-        if not keep_vars:
-            way = (
-                "take engine.state_dict() (save_pretrained(folder, state_dict=engine.state_dict()))"
-            )
-            self.require("this state dict", way)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Callable[..., None]":
         self.require("a copy of the model", "copy it within zerograph.gathered(engine)")
@@ -62,6 +78,22 @@ class _Hook:
                 f"{type(self.state.module).__name__} ({hidden} is the first); {change}, or end the engine "
                 "with engine.destroy()"
             )
+
+
+class _Save(_Hook):
+    def __call__(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        if not keep_vars:
+            way = (
+                "take engine.state_dict() (save_pretrained(folder, state_dict=engine.state_dict()))"
+            )
+            self.require("this state dict", way)
+
+
+class _Call(_Hook):
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self.require(
+            "this forward", "call the engine, or the model within zerograph.gathered(engine)"
+        )
 
 
 def _passes(*given: Any) -> None:

@@ -43,6 +43,8 @@ class Updates:
     scaler: LossScaler | None = None
     backwards: int = 0
     """Backwards since the last update."""
+    since_step: int = 0
+    """Backwards since the last call of `engine.step()`."""
     used: set[str] = field(default_factory=set)
     """Parameters that received a gradient on this rank since the last update."""
     weights: list[float] = field(default_factory=list)
@@ -58,6 +60,7 @@ class Updates:
     """That the last update stepped."""
     _norm: float | None = None
     _applied: bool = False
+    _said: bool = False
 
     @classmethod
     def of(cls, config: ZeroConfig, state: State, optimizer: ShardedOptimizer | None) -> "Updates":
@@ -128,6 +131,7 @@ class Updates:
     def received(self, plan: Plan) -> None:
         """A backward of `plan` has run."""
         self.backwards += 1
+        self.since_step += 1
         self.state.version += self.early
         self._use(plan)
 
@@ -175,6 +179,20 @@ class Updates:
 
     # The step
 
+    def end_micro_batch(self) -> None:
+        """`engine.step()` off the boundary. Raises PlanError if there is no backward that it ends."""
+        if not self.since_step:
+            raise PlanError(
+                "engine.step() without a backward since the last one would end a micro-batch that is "
+                f"missing, and {self._accumulation} of them are an update (gradient_accumulation_steps); "
+                "call it once behind every engine.backward(loss)"
+            )
+        self.since_step = 0
+
+    @property
+    def _accumulation(self) -> int:
+        return self.config.batch(self.state.world.size).accumulation
+
     def require_ready(self) -> None:
         """Raise PlanError if there is nothing to apply, or backwards and weights do not match."""
         if self.chosen is None:
@@ -188,6 +206,23 @@ class Updates:
                 f"{self.backwards} backwards and {len(self.weights)} weights since the last update: with "
                 "compile.weighted_accumulation call engine.backward(loss, weight=...) every time, not "
                 "loss.backward()"
+            )
+
+        self._compare_with_accumulation()
+
+    def _compare_with_accumulation(self) -> None:
+        """Say once if there are more backwards than each was weighed for."""
+        number, config = self._accumulation, self.config.compile
+        many = self.backwards > number > 1 and not config.weighted_accumulation
+        if many and not self._said and self.state.world.rank == 0:
+            self._said = True
+            _log.warning(
+                "%d backwards since the last update, each weighed 1/%d (gradient_accumulation_steps). If "
+                "these are not several losses of the same %d batches, call engine.step() behind every "
+                "backward: it counts them, and updates at the last",
+                self.backwards,
+                number,
+                number,
             )
 
     @torch.no_grad()
@@ -206,6 +241,7 @@ class Updates:
             self.state.ahead.settle()
         inputs = [self.input(role) for role in program.inputs]
         self.drop()
+        self.since_step = 0
         (norm,) = self.execute(program, inputs)
         self.count += 1
         self._unread, self._scheduler, self._applied = Deferred(norm), scheduler, True

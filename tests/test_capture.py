@@ -2,6 +2,7 @@
 
 import copy
 import random
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -357,9 +358,21 @@ def _drawn(x: torch.Tensor) -> torch.Tensor:
     return x * random.random()  # the user's own line
 
 
+def _penalised(x: torch.Tensor) -> torch.Tensor:
+    (slope,) = torch.autograd.grad(x.sum(), x, create_graph=True)  # the user's own line
+    return slope
+
+
+def _packed(x: torch.Tensor) -> torch.Tensor:
+    lengths = torch.tensor([2, 1])
+    return nn.utils.rnn.pack_padded_sequence(x[None], lengths[:1], True).data  # the user's own line
+
+
 @pytest.mark.parametrize(
     ("step", "what", "change"),
     [
+        (_penalised, "", "compute the loss alone; gradients are not differentiated again"),
+        (_packed, "", "give the recurrent layer the padded batch"),
         (_selected, "a size depends on the values of a tensor", "multiply by a mask"),
         (_scattered, "a size depends on the values of a tensor", "multiply by a mask"),
         (_counted, "a Python number is made of a tensor's value", "keep it a tensor"),
@@ -412,6 +425,17 @@ def test_parameters_that_cannot_be_trained_are_named() -> None:
 
     with pytest.raises(CaptureError, match=r"gradient of table\.weight is sparse.*sparse=False"):
         engine_of(Sparse())(x())
+
+
+def test_a_warning_in_the_forward_is_no_obstacle() -> None:
+    class Warns(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            warnings.warn("deprecated", stacklevel=1)
+            return self.second(self.first(x))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check_step(Warns(), x(), loss=total)
 
 
 def test_a_graph_break_shows_the_users_line() -> None:

@@ -23,6 +23,20 @@ _CHANGES = (
     ("data-dependent branch", "compute both sides and choose with torch.where, or use torch.cond"),
     ("item()", "keep the value a tensor; `.item()` needs the data, which a graph does not have"),
     ("builtin `print`", "print what the forward returns, after the call"),
+    (
+        "requires_grad_()",
+        "give the engine an input that requires grad already (gradients are not differentiated again: a "
+        "penalty on them cannot be trained)",
+    ),
+    (
+        "autograd.grad",
+        "compute the loss alone; gradients are not differentiated again, so a penalty on them cannot be "
+        "trained",
+    ),
+    (
+        "pack_padded_sequence",
+        "give the recurrent layer the padded batch, and mask what is behind each length in the loss",
+    ),
     ("graph_break", "remove the break, or move what needs it out of the forward"),
     (
         "pytree-flattenable",

@@ -135,7 +135,7 @@ def _not_exporting() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _dynamo_settings() -> Iterator[None]:
-    """Static capture, with the logging inside models left out of the graph."""
+    """Static capture, with what models log and warn of left out of the graph."""
     config = torch._dynamo.config
     loggers = {
         method
@@ -151,7 +151,7 @@ def _dynamo_settings() -> Iterator[None]:
             specialize_int=True,
             specialize_float=True,
             allow_rnn=True,
-            ignore_logging_functions=set(config.ignore_logging_functions) | loggers,
+            ignore_logging_functions={*config.ignore_logging_functions, *loggers, warnings.warn},
         ),
     ):
         yield

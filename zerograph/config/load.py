@@ -72,19 +72,22 @@ def _validated(data: Mapping[str, Any], name: str) -> ZeroConfig:
 def _not_built(plain: dict[str, Any], error: ValidationError) -> list[str]:
     """What is not built of a config, without the keys that `error` is about; nothing if more is wrong."""
     for place in (problem["loc"] for problem in error.errors()):
-        inner: Any = plain
-        for key in place:
-            if not isinstance(inner, dict) or key not in inner:
-                break
-            if isinstance(inner[key], dict) and key != place[-1]:
-                inner = inner[key]
-            else:
-                del inner[key]
-                break
+        if not place:  # of the whole
+            return []
+        _drop(plain, *place)
     try:
         return list(refusals(ZeroConfig.model_validate(plain)))
     except ValidationError:
         return []
+
+
+def _drop(section: dict[str, Any], key: int | str, *rest: int | str) -> None:
+    """Take a key out, as deep in the sections as there are any."""
+    inner = section.get(str(key))
+    if rest and isinstance(inner, dict):
+        _drop(inner, *rest)
+    else:
+        section.pop(str(key), None)
 
 
 def _conflicts(config: ZeroConfig) -> list[str]:

@@ -60,7 +60,8 @@ class Updates:
     """That the last update stepped."""
     _norm: float | None = None
     _applied: bool = False
-    _said: bool = False
+    _compared: bool = False
+    """Whether it was said that there are more backwards than steps."""
 
     @classmethod
     def of(cls, config: ZeroConfig, state: State, optimizer: ShardedOptimizer | None) -> "Updates":
@@ -214,8 +215,8 @@ class Updates:
         """Say once if there are more backwards than each was weighed for."""
         number, config = self._accumulation, self.config.compile
         many = self.backwards > number > 1 and not config.weighted_accumulation
-        if many and not self._said and self.state.world.rank == 0:
-            self._said = True
+        if many and not self._compared and self.state.world.rank == 0:
+            self._compared = True
             _log.warning(
                 "%d backwards since the last update, each weighed 1/%d (gradient_accumulation_steps). If "
                 "these are not several losses of the same %d batches, call engine.step() behind every "
